@@ -32,7 +32,7 @@ class DatasetRecord:
         shard_size: bytes.
         snapshot: digest of the newest snapshot, 32 hex digits.
         snapshots: digests still served, newest first.
-        objects, bytes: of the newest snapshot.
+        objects, total_bytes: of the newest snapshot.
         adhoc: made by a read of ``shoal::URL`` rather than by ``shoal dataset add``.
     """
 
@@ -44,7 +44,7 @@ class DatasetRecord:
     snapshot: str
     snapshots: tuple[str, ...]
     objects: int
-    bytes: int
+    total_bytes: int
     adhoc: bool = False
 
     def to_dict(self) -> dict[str, Any]:

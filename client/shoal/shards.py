@@ -4,7 +4,7 @@ A shard key is 128 bits derived from (origin, path, version, size, shard size, i
 mean equal bytes, whichever dataset or snapshot asked, and a changed object gets new keys.
 
     object_key = xxh3_128(identity NUL path NUL version NUL size NUL shard_size)
-    shard_key  = object_key XOR (mix64(2 i), mix64(2 i + 1) XOR mix64(1))     # i: index of the slice; shard 0 keeps the object's key
+    shard_key  = object_key XOR (mix64(2 i), mix64(2 i + 1) XOR mix64(1))     # i: the slice; shard 0 keeps the key
 
 `mix64` is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), here so that keys of many shards are one numpy pass.
 """
@@ -49,9 +49,7 @@ def object_key(identity: str, path: str, version: str, size_bytes: int, shard_si
     return xxhash.xxh3_128_digest(text.encode("utf-8", "surrogateescape"))
 
 
-def shard_keys(
-    object_keys: npt.NDArray[np.uint64], indexes: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.uint64]:
+def shard_keys(object_keys: npt.NDArray[np.uint64], indexes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Keys of many shards at once.
 
     Args:

@@ -33,7 +33,7 @@ def parse(text: str) -> int:
     return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
 
 
-def format(size_bytes: float) -> str:  # noqa: A001 - read as sizes.format(n)
+def format(size_bytes: float) -> str:
     """Return `size_bytes` with the IEC unit that leaves one to four digits: ``0 B``, ``1.5 GiB``."""
     value = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
