@@ -177,12 +177,9 @@ class HttpServer:
                 await connection.send(request, response, self._epoch())
                 if not connection.keep_alive:
                     break
-        except (_BadHead, _TooLarge) as error:
-            status = (
-                HTTPStatus.BAD_REQUEST if isinstance(error, _BadHead) else HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            )
+        except _BadHead as error:
             connection.keep_alive = False
-            await connection.try_send(_error(status, InvalidRequest(str(error))), self._epoch())
+            await connection.try_send(_error(error.status, InvalidRequest(str(error))), self._epoch())
         except (OSError, TimeoutError, ShoalError) as error:
             # The reader went away or stalled, or a stream failed after its head: cutting the connection is the answer.
             log.debug("connection closed: %s", error)
