@@ -4,86 +4,91 @@
 # source: shoal/wire/shoal.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
-_runtime_version.ValidateProtobufRuntimeVersion(_runtime_version.Domain.PUBLIC, 7, 35, 1, "", "shoal/wire/shoal.proto")
+_runtime_version.ValidateProtobufRuntimeVersion(
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'shoal/wire/shoal.proto'
+)
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x16shoal/wire/shoal.proto\x12\x08shoal.v1"\xa3\x01\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x04\x12.\n\x08topology\x18\x04 \x03(\x0b\x32\x1c.shoal.v1.Node.TopologyEntry\x12\r\n\x05state\x18\x05 \x01(\t\x1a/\n\rTopologyEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01":\n\nClusterMap\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x1d\n\x05nodes\x18\x02 \x03(\x0b\x32\x0e.shoal.v1.Node"\xfa\x01\n\x07\x44\x61taset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06origin\x18\x02 \x01(\t\x12\x12\n\nshard_size\x18\x03 \x01(\x04\x12\x10\n\x08replicas\x18\x04 \x01(\r\x12\x10\n\x08snapshot\x18\x05 \x01(\t\x12\x0f\n\x07objects\x18\x06 \x01(\x04\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x12\x11\n\tsnapshots\x18\x08 \x03(\t\x12\x12\n\ncreated_at\x18\t \x01(\t\x12\x14\n\x0crefreshed_at\x18\n \x01(\t\x12\x14\n\x0c\x63\x61\x63hed_bytes\x18\x0b \x01(\x04\x12\x17\n\x0fstorage_options\x18\x0c \x01(\t\x12\r\n\x05\x61\x64hoc\x18\r \x01(\x08"p\n\x11\x41\x64\x64\x44\x61tasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06origin\x18\x02 \x01(\t\x12\x12\n\nshard_size\x18\x03 \x01(\x04\x12\x10\n\x08replicas\x18\x04 \x01(\r\x12\x17\n\x0fstorage_options\x18\x05 \x01(\t"\x15\n\x13ListDatasetsRequest";\n\x14ListDatasetsResponse\x12#\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x11.shoal.v1.Dataset"!\n\x11GetDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t"%\n\x15RefreshDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t"$\n\x14RemoveDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t"\x17\n\x15RemoveDatasetResponse"7\n\x14StartPrefetchRequest\x12\x0f\n\x07\x64\x61taset\x18\x01 \x01(\t\x12\x0e\n\x06prefix\x18\x02 \x01(\t"&\n\x14WatchPrefetchRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t"\x17\n\x15ListPrefetchesRequest"=\n\x16ListPrefetchesResponse\x12#\n\x04jobs\x18\x01 \x03(\x0b\x32\x15.shoal.v1.PrefetchJob"\'\n\x15\x43\x61ncelPrefetchRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t"\xbd\x01\n\x0bPrefetchJob\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x10\n\x08snapshot\x18\x03 \x01(\t\x12\x0e\n\x06prefix\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x13\n\x0b\x62ytes_total\x18\x06 \x01(\x04\x12\x12\n\nbytes_done\x18\x07 \x01(\x04\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x12\n\ncreated_at\x18\t \x01(\t\x12\x13\n\x0b\x66inished_at\x18\n \x01(\t"\x12\n\x10GetStatusRequest"\xa9\x01\n\x06Status\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12#\n\x05nodes\x18\x02 \x03(\x0b\x32\x14.shoal.v1.NodeStatus\x12#\n\x08\x64\x61tasets\x18\x03 \x03(\x0b\x32\x11.shoal.v1.Dataset\x12#\n\x04jobs\x18\x04 \x03(\x0b\x32\x15.shoal.v1.PrefetchJob\x12\x10\n\x08warnings\x18\x05 \x03(\t\x12\x0f\n\x07version\x18\x06 \x01(\t"\x98\x01\n\nNodeStatus\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.shoal.v1.Node\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x11\n\tcondition\x18\x04 \x01(\t\x12\x1c\n\x14seconds_since_report\x18\x05 \x01(\x01\x12\x0f\n\x07version\x18\x06 \x01(\t",\n\x0cWatchRequest\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.shoal.v1.Node"\x96\x01\n\x06Orders\x12!\n\x03map\x18\x01 \x01(\x0b\x32\x14.shoal.v1.ClusterMap\x12#\n\x08\x64\x61tasets\x18\x02 \x03(\x0b\x32\x11.shoal.v1.Dataset\x12+\n\nprefetches\x18\x03 \x03(\x0b\x32\x17.shoal.v1.PrefetchOrder\x12\x17\n\x0f\x63ontroller_http\x18\x04 \x01(\t"_\n\rPrefetchOrder\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x10\n\x08snapshot\x18\x03 \x01(\t\x12\x0e\n\x06prefix\x18\x04 \x01(\t\x12\x0b\n\x03run\x18\x05 \x01(\x08"\xf1\x01\n\nNodeReport\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.shoal.v1.Node\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x04 \x01(\x04\x12\x11\n\tcondition\x18\x05 \x01(\t\x12(\n\x06\x63\x61\x63hed\x18\x06 \x03(\x0b\x32\x18.shoal.v1.CachedSnapshot\x12+\n\nprefetches\x18\x07 \x03(\x0b\x32\x17.shoal.v1.PrefetchShare\x12\x0f\n\x07leaving\x18\x08 \x01(\x08\x12\x0f\n\x07version\x18\t \x01(\t"M\n\x0e\x43\x61\x63hedSnapshot\x12\x10\n\x08snapshot\x18\x01 \x01(\t\x12\x15\n\rbytes_primary\x18\x02 \x01(\x04\x12\x12\n\nbytes_held\x18\x03 \x01(\x04"\x8f\x01\n\rPrefetchShare\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x12\n\nbytes_done\x18\x04 \x01(\x04\x12\x13\n\x0b\x62ytes_short\x18\x05 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x06 \x01(\x08\x12\x0f\n\x07\x66\x61ilure\x18\x07 \x01(\t"+\n\tReportAck\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07unknown\x18\x02 \x01(\x08\x32\xd8\x05\n\x07\x43ontrol\x12<\n\nAddDataset\x12\x1b.shoal.v1.AddDatasetRequest\x1a\x11.shoal.v1.Dataset\x12M\n\x0cListDatasets\x12\x1d.shoal.v1.ListDatasetsRequest\x1a\x1e.shoal.v1.ListDatasetsResponse\x12<\n\nGetDataset\x12\x1b.shoal.v1.GetDatasetRequest\x1a\x11.shoal.v1.Dataset\x12\x44\n\x0eRefreshDataset\x12\x1f.shoal.v1.RefreshDatasetRequest\x1a\x11.shoal.v1.Dataset\x12P\n\rRemoveDataset\x12\x1e.shoal.v1.RemoveDatasetRequest\x1a\x1f.shoal.v1.RemoveDatasetResponse\x12\x46\n\rStartPrefetch\x12\x1e.shoal.v1.StartPrefetchRequest\x1a\x15.shoal.v1.PrefetchJob\x12H\n\rWatchPrefetch\x12\x1e.shoal.v1.WatchPrefetchRequest\x1a\x15.shoal.v1.PrefetchJob0\x01\x12S\n\x0eListPrefetches\x12\x1f.shoal.v1.ListPrefetchesRequest\x1a .shoal.v1.ListPrefetchesResponse\x12H\n\x0e\x43\x61ncelPrefetch\x12\x1f.shoal.v1.CancelPrefetchRequest\x1a\x15.shoal.v1.PrefetchJob\x12\x39\n\tGetStatus\x12\x1a.shoal.v1.GetStatusRequest\x1a\x10.shoal.v1.Status2v\n\nMembership\x12\x33\n\x05Watch\x12\x16.shoal.v1.WatchRequest\x1a\x10.shoal.v1.Orders0\x01\x12\x33\n\x06Report\x12\x14.shoal.v1.NodeReport\x1a\x13.shoal.v1.ReportAckb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16shoal/wire/shoal.proto\x12\x08shoal.v1\"\xa3\x01\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x04\x12.\n\x08topology\x18\x04 \x03(\x0b\x32\x1c.shoal.v1.Node.TopologyEntry\x12\r\n\x05state\x18\x05 \x01(\t\x1a/\n\rTopologyEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\":\n\nClusterMap\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x1d\n\x05nodes\x18\x02 \x03(\x0b\x32\x0e.shoal.v1.Node\"\x8c\x02\n\x07\x44\x61taset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06origin\x18\x02 \x01(\t\x12\x12\n\nshard_size\x18\x03 \x01(\x04\x12\x10\n\x08replicas\x18\x04 \x01(\r\x12\x10\n\x08snapshot\x18\x05 \x01(\t\x12\x0f\n\x07objects\x18\x06 \x01(\x04\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x12\x11\n\tsnapshots\x18\x08 \x03(\t\x12\x12\n\ncreated_at\x18\t \x01(\t\x12\x14\n\x0crefreshed_at\x18\n \x01(\t\x12\x14\n\x0c\x63\x61\x63hed_bytes\x18\x0b \x01(\x04\x12\x17\n\x0fstorage_options\x18\x0c \x01(\t\x12\r\n\x05\x61\x64hoc\x18\r \x01(\x08\x12\x10\n\x08\x65ndpoint\x18\x0e \x01(\t\"p\n\x11\x41\x64\x64\x44\x61tasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06origin\x18\x02 \x01(\t\x12\x12\n\nshard_size\x18\x03 \x01(\x04\x12\x10\n\x08replicas\x18\x04 \x01(\r\x12\x17\n\x0fstorage_options\x18\x05 \x01(\t\"\x15\n\x13ListDatasetsRequest\";\n\x14ListDatasetsResponse\x12#\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x11.shoal.v1.Dataset\"!\n\x11GetDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"%\n\x15RefreshDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x14RemoveDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15RemoveDatasetResponse\"7\n\x14StartPrefetchRequest\x12\x0f\n\x07\x64\x61taset\x18\x01 \x01(\t\x12\x0e\n\x06prefix\x18\x02 \x01(\t\"&\n\x14WatchPrefetchRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x17\n\x15ListPrefetchesRequest\"=\n\x16ListPrefetchesResponse\x12#\n\x04jobs\x18\x01 \x03(\x0b\x32\x15.shoal.v1.PrefetchJob\"\'\n\x15\x43\x61ncelPrefetchRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xbd\x01\n\x0bPrefetchJob\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x10\n\x08snapshot\x18\x03 \x01(\t\x12\x0e\n\x06prefix\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x13\n\x0b\x62ytes_total\x18\x06 \x01(\x04\x12\x12\n\nbytes_done\x18\x07 \x01(\x04\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x12\n\ncreated_at\x18\t \x01(\t\x12\x13\n\x0b\x66inished_at\x18\n \x01(\t\"\x12\n\x10GetStatusRequest\"\xa9\x01\n\x06Status\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12#\n\x05nodes\x18\x02 \x03(\x0b\x32\x14.shoal.v1.NodeStatus\x12#\n\x08\x64\x61tasets\x18\x03 \x03(\x0b\x32\x11.shoal.v1.Dataset\x12#\n\x04jobs\x18\x04 \x03(\x0b\x32\x15.shoal.v1.PrefetchJob\x12\x10\n\x08warnings\x18\x05 \x03(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\"\x98\x01\n\nNodeStatus\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.shoal.v1.Node\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x11\n\tcondition\x18\x04 \x01(\t\x12\x1c\n\x14seconds_since_report\x18\x05 \x01(\x01\x12\x0f\n\x07version\x18\x06 \x01(\t\",\n\x0cWatchRequest\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.shoal.v1.Node\"\xaa\x01\n\x06Orders\x12!\n\x03map\x18\x01 \x01(\x0b\x32\x14.shoal.v1.ClusterMap\x12#\n\x08\x64\x61tasets\x18\x02 \x03(\x0b\x32\x11.shoal.v1.Dataset\x12+\n\nprefetches\x18\x03 \x03(\x0b\x32\x17.shoal.v1.PrefetchOrder\x12\x17\n\x0f\x63ontroller_http\x18\x04 \x01(\t\x12\x12\n\ncluster_id\x18\x05 \x01(\t\"_\n\rPrefetchOrder\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x10\n\x08snapshot\x18\x03 \x01(\t\x12\x0e\n\x06prefix\x18\x04 \x01(\t\x12\x0b\n\x03run\x18\x05 \x01(\x08\"\xf1\x01\n\nNodeReport\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.shoal.v1.Node\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x04 \x01(\x04\x12\x11\n\tcondition\x18\x05 \x01(\t\x12(\n\x06\x63\x61\x63hed\x18\x06 \x03(\x0b\x32\x18.shoal.v1.CachedSnapshot\x12+\n\nprefetches\x18\x07 \x03(\x0b\x32\x17.shoal.v1.PrefetchShare\x12\x0f\n\x07leaving\x18\x08 \x01(\x08\x12\x0f\n\x07version\x18\t \x01(\t\"M\n\x0e\x43\x61\x63hedSnapshot\x12\x10\n\x08snapshot\x18\x01 \x01(\t\x12\x15\n\rbytes_primary\x18\x02 \x01(\x04\x12\x12\n\nbytes_held\x18\x03 \x01(\x04\"\x8f\x01\n\rPrefetchShare\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x12\n\nbytes_done\x18\x04 \x01(\x04\x12\x13\n\x0b\x62ytes_short\x18\x05 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x06 \x01(\x08\x12\x0f\n\x07\x66\x61ilure\x18\x07 \x01(\t\"+\n\tReportAck\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07unknown\x18\x02 \x01(\x08\x32\xd8\x05\n\x07\x43ontrol\x12<\n\nAddDataset\x12\x1b.shoal.v1.AddDatasetRequest\x1a\x11.shoal.v1.Dataset\x12M\n\x0cListDatasets\x12\x1d.shoal.v1.ListDatasetsRequest\x1a\x1e.shoal.v1.ListDatasetsResponse\x12<\n\nGetDataset\x12\x1b.shoal.v1.GetDatasetRequest\x1a\x11.shoal.v1.Dataset\x12\x44\n\x0eRefreshDataset\x12\x1f.shoal.v1.RefreshDatasetRequest\x1a\x11.shoal.v1.Dataset\x12P\n\rRemoveDataset\x12\x1e.shoal.v1.RemoveDatasetRequest\x1a\x1f.shoal.v1.RemoveDatasetResponse\x12\x46\n\rStartPrefetch\x12\x1e.shoal.v1.StartPrefetchRequest\x1a\x15.shoal.v1.PrefetchJob\x12H\n\rWatchPrefetch\x12\x1e.shoal.v1.WatchPrefetchRequest\x1a\x15.shoal.v1.PrefetchJob0\x01\x12S\n\x0eListPrefetches\x12\x1f.shoal.v1.ListPrefetchesRequest\x1a .shoal.v1.ListPrefetchesResponse\x12H\n\x0e\x43\x61ncelPrefetch\x12\x1f.shoal.v1.CancelPrefetchRequest\x1a\x15.shoal.v1.PrefetchJob\x12\x39\n\tGetStatus\x12\x1a.shoal.v1.GetStatusRequest\x1a\x10.shoal.v1.Status2v\n\nMembership\x12\x33\n\x05Watch\x12\x16.shoal.v1.WatchRequest\x1a\x10.shoal.v1.Orders0\x01\x12\x33\n\x06Report\x12\x14.shoal.v1.NodeReport\x1a\x13.shoal.v1.ReportAckb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "shoal.wire.shoal_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal.wire.shoal_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_NODE_TOPOLOGYENTRY"]._loaded_options = None
-    _globals["_NODE_TOPOLOGYENTRY"]._serialized_options = b"8\001"
-    _globals["_NODE"]._serialized_start = 37
-    _globals["_NODE"]._serialized_end = 200
-    _globals["_NODE_TOPOLOGYENTRY"]._serialized_start = 153
-    _globals["_NODE_TOPOLOGYENTRY"]._serialized_end = 200
-    _globals["_CLUSTERMAP"]._serialized_start = 202
-    _globals["_CLUSTERMAP"]._serialized_end = 260
-    _globals["_DATASET"]._serialized_start = 263
-    _globals["_DATASET"]._serialized_end = 513
-    _globals["_ADDDATASETREQUEST"]._serialized_start = 515
-    _globals["_ADDDATASETREQUEST"]._serialized_end = 627
-    _globals["_LISTDATASETSREQUEST"]._serialized_start = 629
-    _globals["_LISTDATASETSREQUEST"]._serialized_end = 650
-    _globals["_LISTDATASETSRESPONSE"]._serialized_start = 652
-    _globals["_LISTDATASETSRESPONSE"]._serialized_end = 711
-    _globals["_GETDATASETREQUEST"]._serialized_start = 713
-    _globals["_GETDATASETREQUEST"]._serialized_end = 746
-    _globals["_REFRESHDATASETREQUEST"]._serialized_start = 748
-    _globals["_REFRESHDATASETREQUEST"]._serialized_end = 785
-    _globals["_REMOVEDATASETREQUEST"]._serialized_start = 787
-    _globals["_REMOVEDATASETREQUEST"]._serialized_end = 823
-    _globals["_REMOVEDATASETRESPONSE"]._serialized_start = 825
-    _globals["_REMOVEDATASETRESPONSE"]._serialized_end = 848
-    _globals["_STARTPREFETCHREQUEST"]._serialized_start = 850
-    _globals["_STARTPREFETCHREQUEST"]._serialized_end = 905
-    _globals["_WATCHPREFETCHREQUEST"]._serialized_start = 907
-    _globals["_WATCHPREFETCHREQUEST"]._serialized_end = 945
-    _globals["_LISTPREFETCHESREQUEST"]._serialized_start = 947
-    _globals["_LISTPREFETCHESREQUEST"]._serialized_end = 970
-    _globals["_LISTPREFETCHESRESPONSE"]._serialized_start = 972
-    _globals["_LISTPREFETCHESRESPONSE"]._serialized_end = 1033
-    _globals["_CANCELPREFETCHREQUEST"]._serialized_start = 1035
-    _globals["_CANCELPREFETCHREQUEST"]._serialized_end = 1074
-    _globals["_PREFETCHJOB"]._serialized_start = 1077
-    _globals["_PREFETCHJOB"]._serialized_end = 1266
-    _globals["_GETSTATUSREQUEST"]._serialized_start = 1268
-    _globals["_GETSTATUSREQUEST"]._serialized_end = 1286
-    _globals["_STATUS"]._serialized_start = 1289
-    _globals["_STATUS"]._serialized_end = 1458
-    _globals["_NODESTATUS"]._serialized_start = 1461
-    _globals["_NODESTATUS"]._serialized_end = 1613
-    _globals["_WATCHREQUEST"]._serialized_start = 1615
-    _globals["_WATCHREQUEST"]._serialized_end = 1659
-    _globals["_ORDERS"]._serialized_start = 1662
-    _globals["_ORDERS"]._serialized_end = 1812
-    _globals["_PREFETCHORDER"]._serialized_start = 1814
-    _globals["_PREFETCHORDER"]._serialized_end = 1909
-    _globals["_NODEREPORT"]._serialized_start = 1912
-    _globals["_NODEREPORT"]._serialized_end = 2153
-    _globals["_CACHEDSNAPSHOT"]._serialized_start = 2155
-    _globals["_CACHEDSNAPSHOT"]._serialized_end = 2232
-    _globals["_PREFETCHSHARE"]._serialized_start = 2235
-    _globals["_PREFETCHSHARE"]._serialized_end = 2378
-    _globals["_REPORTACK"]._serialized_start = 2380
-    _globals["_REPORTACK"]._serialized_end = 2423
-    _globals["_CONTROL"]._serialized_start = 2426
-    _globals["_CONTROL"]._serialized_end = 3154
-    _globals["_MEMBERSHIP"]._serialized_start = 3156
-    _globals["_MEMBERSHIP"]._serialized_end = 3274
+  DESCRIPTOR._loaded_options = None
+  _globals['_NODE_TOPOLOGYENTRY']._loaded_options = None
+  _globals['_NODE_TOPOLOGYENTRY']._serialized_options = b'8\001'
+  _globals['_NODE']._serialized_start=37
+  _globals['_NODE']._serialized_end=200
+  _globals['_NODE_TOPOLOGYENTRY']._serialized_start=153
+  _globals['_NODE_TOPOLOGYENTRY']._serialized_end=200
+  _globals['_CLUSTERMAP']._serialized_start=202
+  _globals['_CLUSTERMAP']._serialized_end=260
+  _globals['_DATASET']._serialized_start=263
+  _globals['_DATASET']._serialized_end=531
+  _globals['_ADDDATASETREQUEST']._serialized_start=533
+  _globals['_ADDDATASETREQUEST']._serialized_end=645
+  _globals['_LISTDATASETSREQUEST']._serialized_start=647
+  _globals['_LISTDATASETSREQUEST']._serialized_end=668
+  _globals['_LISTDATASETSRESPONSE']._serialized_start=670
+  _globals['_LISTDATASETSRESPONSE']._serialized_end=729
+  _globals['_GETDATASETREQUEST']._serialized_start=731
+  _globals['_GETDATASETREQUEST']._serialized_end=764
+  _globals['_REFRESHDATASETREQUEST']._serialized_start=766
+  _globals['_REFRESHDATASETREQUEST']._serialized_end=803
+  _globals['_REMOVEDATASETREQUEST']._serialized_start=805
+  _globals['_REMOVEDATASETREQUEST']._serialized_end=841
+  _globals['_REMOVEDATASETRESPONSE']._serialized_start=843
+  _globals['_REMOVEDATASETRESPONSE']._serialized_end=866
+  _globals['_STARTPREFETCHREQUEST']._serialized_start=868
+  _globals['_STARTPREFETCHREQUEST']._serialized_end=923
+  _globals['_WATCHPREFETCHREQUEST']._serialized_start=925
+  _globals['_WATCHPREFETCHREQUEST']._serialized_end=963
+  _globals['_LISTPREFETCHESREQUEST']._serialized_start=965
+  _globals['_LISTPREFETCHESREQUEST']._serialized_end=988
+  _globals['_LISTPREFETCHESRESPONSE']._serialized_start=990
+  _globals['_LISTPREFETCHESRESPONSE']._serialized_end=1051
+  _globals['_CANCELPREFETCHREQUEST']._serialized_start=1053
+  _globals['_CANCELPREFETCHREQUEST']._serialized_end=1092
+  _globals['_PREFETCHJOB']._serialized_start=1095
+  _globals['_PREFETCHJOB']._serialized_end=1284
+  _globals['_GETSTATUSREQUEST']._serialized_start=1286
+  _globals['_GETSTATUSREQUEST']._serialized_end=1304
+  _globals['_STATUS']._serialized_start=1307
+  _globals['_STATUS']._serialized_end=1476
+  _globals['_NODESTATUS']._serialized_start=1479
+  _globals['_NODESTATUS']._serialized_end=1631
+  _globals['_WATCHREQUEST']._serialized_start=1633
+  _globals['_WATCHREQUEST']._serialized_end=1677
+  _globals['_ORDERS']._serialized_start=1680
+  _globals['_ORDERS']._serialized_end=1850
+  _globals['_PREFETCHORDER']._serialized_start=1852
+  _globals['_PREFETCHORDER']._serialized_end=1947
+  _globals['_NODEREPORT']._serialized_start=1950
+  _globals['_NODEREPORT']._serialized_end=2191
+  _globals['_CACHEDSNAPSHOT']._serialized_start=2193
+  _globals['_CACHEDSNAPSHOT']._serialized_end=2270
+  _globals['_PREFETCHSHARE']._serialized_start=2273
+  _globals['_PREFETCHSHARE']._serialized_end=2416
+  _globals['_REPORTACK']._serialized_start=2418
+  _globals['_REPORTACK']._serialized_end=2461
+  _globals['_CONTROL']._serialized_start=2464
+  _globals['_CONTROL']._serialized_end=3192
+  _globals['_MEMBERSHIP']._serialized_start=3194
+  _globals['_MEMBERSHIP']._serialized_end=3312
 # @@protoc_insertion_point(module_scope)

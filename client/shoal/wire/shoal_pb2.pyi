@@ -36,7 +36,7 @@ class ClusterMap(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ...) -> None: ...
 
 class Dataset(_message.Message):
-    __slots__ = ("name", "origin", "shard_size", "replicas", "snapshot", "objects", "bytes", "snapshots", "created_at", "refreshed_at", "cached_bytes", "storage_options", "adhoc")
+    __slots__ = ("name", "origin", "shard_size", "replicas", "snapshot", "objects", "bytes", "snapshots", "created_at", "refreshed_at", "cached_bytes", "storage_options", "adhoc", "endpoint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     SHARD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class Dataset(_message.Message):
     CACHED_BYTES_FIELD_NUMBER: _ClassVar[int]
     STORAGE_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     ADHOC_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     origin: str
     shard_size: int
@@ -63,7 +64,8 @@ class Dataset(_message.Message):
     cached_bytes: int
     storage_options: str
     adhoc: bool
-    def __init__(self, name: _Optional[str] = ..., origin: _Optional[str] = ..., shard_size: _Optional[int] = ..., replicas: _Optional[int] = ..., snapshot: _Optional[str] = ..., objects: _Optional[int] = ..., bytes: _Optional[int] = ..., snapshots: _Optional[_Iterable[str]] = ..., created_at: _Optional[str] = ..., refreshed_at: _Optional[str] = ..., cached_bytes: _Optional[int] = ..., storage_options: _Optional[str] = ..., adhoc: _Optional[bool] = ...) -> None: ...
+    endpoint: str
+    def __init__(self, name: _Optional[str] = ..., origin: _Optional[str] = ..., shard_size: _Optional[int] = ..., replicas: _Optional[int] = ..., snapshot: _Optional[str] = ..., objects: _Optional[int] = ..., bytes: _Optional[int] = ..., snapshots: _Optional[_Iterable[str]] = ..., created_at: _Optional[str] = ..., refreshed_at: _Optional[str] = ..., cached_bytes: _Optional[int] = ..., storage_options: _Optional[str] = ..., adhoc: _Optional[bool] = ..., endpoint: _Optional[str] = ...) -> None: ...
 
 class AddDatasetRequest(_message.Message):
     __slots__ = ("name", "origin", "shard_size", "replicas", "storage_options")
@@ -208,16 +210,18 @@ class WatchRequest(_message.Message):
     def __init__(self, node: _Optional[_Union[Node, _Mapping]] = ...) -> None: ...
 
 class Orders(_message.Message):
-    __slots__ = ("map", "datasets", "prefetches", "controller_http")
+    __slots__ = ("map", "datasets", "prefetches", "controller_http", "cluster_id")
     MAP_FIELD_NUMBER: _ClassVar[int]
     DATASETS_FIELD_NUMBER: _ClassVar[int]
     PREFETCHES_FIELD_NUMBER: _ClassVar[int]
     CONTROLLER_HTTP_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
     map: ClusterMap
     datasets: _containers.RepeatedCompositeFieldContainer[Dataset]
     prefetches: _containers.RepeatedCompositeFieldContainer[PrefetchOrder]
     controller_http: str
-    def __init__(self, map: _Optional[_Union[ClusterMap, _Mapping]] = ..., datasets: _Optional[_Iterable[_Union[Dataset, _Mapping]]] = ..., prefetches: _Optional[_Iterable[_Union[PrefetchOrder, _Mapping]]] = ..., controller_http: _Optional[str] = ...) -> None: ...
+    cluster_id: str
+    def __init__(self, map: _Optional[_Union[ClusterMap, _Mapping]] = ..., datasets: _Optional[_Iterable[_Union[Dataset, _Mapping]]] = ..., prefetches: _Optional[_Iterable[_Union[PrefetchOrder, _Mapping]]] = ..., controller_http: _Optional[str] = ..., cluster_id: _Optional[str] = ...) -> None: ...
 
 class PrefetchOrder(_message.Message):
     __slots__ = ("job_id", "dataset", "snapshot", "prefix", "run")

@@ -1,0 +1,156 @@
+"""`shoal-cachenode`: one cache node as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import click
+
+from shoal import sizes
+from shoal.errors import InvalidRequest, ShoalError, StoreUnusable
+from shoal.wire import routes
+from shoal.wire.http_server import HttpServer
+from shoal_cachenode import metrics
+from shoal_cachenode.data_plane import DataPlane
+from shoal_cachenode.membership import Membership
+from shoal_cachenode.node import CacheNode, Config
+from shoal_cachenode.prefetch import Prefetches
+from shoal_cachenode.view import NodeView
+
+log = logging.getLogger("shoal_cachenode")
+
+#: Of the file system's room, what a node takes when it is not told.
+DEFAULT_SHARE = 0.8
+
+EXAMPLES = """\b
+Examples:
+  shoal-cachenode --controller shoal-controller:7440 --data-dir /nvme/shoal --capacity 1.5TiB
+  shoal-cachenode --controller 127.0.0.1:7440 --listen 127.0.0.1:0 --data-dir ./n1 --socket ./n1.sock
+Every flag is also an environment variable: SHOAL_CACHENODE_DATA_DIR, SHOAL_CACHENODE_CONTROLLER, …
+"""
+
+
+@click.command(epilog=EXAMPLES, context_settings={"auto_envvar_prefix": "SHOAL_CACHENODE", "show_default": True})
+@click.option("--controller", default="127.0.0.1:7440", metavar="HOST:PORT", help="The controller's gRPC address.")
+@click.option("--data-dir", type=Path, default=Path("/var/lib/shoal/cachenode"), help="Where shards are kept.")
+@click.option("--listen", default="0.0.0.0:7450", metavar="HOST:PORT", help="HTTP data plane; port 0: any free one.")
+@click.option("--advertise", metavar="HOST", help="Name under which others reach this node.  [default: see --listen]")
+@click.option("--socket", "socket_path", type=Path, default=Path("/run/shoal/node.sock"), help="For local readers.")
+@click.option("--capacity", metavar="SIZE", help="Bytes of cache to offer.  [default: 80% of the file system]")
+@click.option("--topology", default="", metavar="KEY=VALUE,…", help="zone, rack and host, for spreading replicas.")
+@click.option("--fetches", default=16, type=click.IntRange(1, 256), help="Part fetches at a time (8 MiB each).")
+@click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
+@click.version_option(package_name="shoal")
+def main(
+    controller: str,
+    data_dir: Path,
+    listen: str,
+    advertise: str | None,
+    socket_path: Path,
+    capacity: str | None,
+    topology: str,
+    fetches: int,
+    log_level: str,
+) -> None:
+    """Serve a share of the cluster's cache from this machine's drive."""
+    logging.basicConfig(
+        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        host, port = split_address(listen)
+        labels = parse_topology(topology)
+        labels.setdefault("host", socket.gethostname())
+        config = Config(data_dir.absolute(), _capacity(data_dir, capacity), labels, fetches)
+        name = advertise or (host if host not in ("0.0.0.0", "::") else socket.gethostname())
+        _run(_serve(config, controller, host, port, name, socket_path.absolute()))
+    except ShoalError as error:
+        click.echo(f"error: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+def _run(coroutine: object) -> None:
+    try:
+        import uvloop
+    except ImportError:  # pragma: no cover - the extra installs it
+        asyncio.run(coroutine)  # type: ignore[arg-type]
+    else:
+        uvloop.run(coroutine)  # type: ignore[arg-type]
+
+
+async def _serve(config: Config, controller: str, host: str, port: int, name: str, socket_path: Path) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    node = CacheNode(config)
+    prefetches = Prefetches(node)
+    membership = Membership(node, prefetches, controller)
+    view = NodeView(node, membership)
+    plane = DataPlane(node)
+    server = HttpServer(routes.make_handler(view, lambda: metrics.exposition(node, server), plane), epoch=view.epoch)
+    try:
+        port = await _listen(server, host, port)
+        try:
+            await server.listen_unix(socket_path)
+        except OSError as error:
+            raise StoreUnusable(f"cannot listen on {socket_path}: {error.strerror}; give another --socket") from error
+        node.address = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+        membership.start()
+        log.info("node %s serves %s from %s", node.id, sizes.format(config.capacity_bytes), config.data_dir)
+        print("ready", json.dumps({"http": node.address, "socket": str(socket_path), "id": node.id}), flush=True)
+        await stop.wait()
+        log.info("stopping")
+        await membership.leave()
+    finally:
+        await server.close()
+        await prefetches.close()
+        await node.close()
+
+
+async def _listen(server: HttpServer, host: str, port: int) -> int:
+    try:
+        return await server.listen_tcp(host, port)
+    except OSError as error:
+        raise StoreUnusable(
+            f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; give --listen another address"
+        ) from error
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Take ``HOST:PORT`` apart. Raises InvalidRequest."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidRequest(f"{text!r} is no address: write HOST:PORT, such as 0.0.0.0:7450")
+    return host.strip("[]"), int(port)
+
+
+def parse_topology(text: str) -> dict[str, str]:
+    """Take ``zone=a,rack=b`` apart. Raises InvalidRequest."""
+    labels = {}
+    for pair in filter(None, text.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals or not key or not value:
+            raise InvalidRequest(f"{pair!r} is no topology label: write KEY=VALUE, such as zone=a")
+        labels[key.strip()] = value.strip()
+    return labels
+
+
+def _capacity(data_dir: Path, text: str | None) -> int:
+    if text is not None:
+        capacity_bytes = sizes.parse(text)
+        if capacity_bytes <= 0:
+            raise InvalidRequest("--capacity must be more than 0")
+        return capacity_bytes
+    existing = next(p for p in (data_dir.absolute(), *data_dir.absolute().parents) if p.exists())
+    return int(shutil.disk_usage(existing).total * DEFAULT_SHARE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Fills: bringing the parts of one shard in, once, for everybody who waits.
+
+A part that a reader waits for comes first, the rest of its shard after all such parts of all shards, prefetches last.
+One scheduler a node runs a fixed number of part fetches at a time, which bounds both memory (fetches x part size) and
+the load on the origin.
+
+The rule: a waiter never fetches. It asks its fill for a part and waits; whoever gives up waiting harms nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import heapq
+import itertools
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from shoal.errors import OriginUnavailable, Overloaded, ShoalError, Unavailable
+from shoal.shards import Key
+from shoal_cachenode.source import Source
+from shoal_cachenode.store import PartialFile, Store
+
+log = logging.getLogger(__name__)
+
+
+class Urgency(enum.IntEnum):
+    """Which part is fetched next: the smallest first."""
+
+    DEMAND = 0  #: a reader waits for this part
+    REST = 1  #: a reader wanted another part of this shard
+    PREFETCH = 2  #: nobody waits yet
+
+
+class DiskFailed(Exception):
+    """The data directory did not take the bytes: the read passes through instead."""
+
+
+class Fill:
+    """One shard on its way in. Lives on the event loop; only `_fetch` runs in a thread."""
+
+    def __init__(self, partial: PartialFile, source: Source, scheduler: Scheduler, urgency: Urgency) -> None:
+        self.partial = partial
+        self.sealed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.sealed.add_done_callback(lambda f: f.cancelled() or f.exception())  # waiting for it is optional
+        self._source = source
+        self._scheduler = scheduler
+        self._waiters: dict[int, asyncio.Future[None]] = {}
+        self._in_flight: set[int] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._missing = {part for part, known in enumerate(partial.header.checksums) if known is None}
+        for part in sorted(self._missing):
+            scheduler.push(urgency, self, part)
+        if not self._missing:
+            scheduler.push(urgency, self, 0)  # a partial that crashed just before its seal: only that is left
+
+    @property
+    def key(self) -> Key:
+        return self.partial.key
+
+    @property
+    def bytes_present(self) -> int:
+        """Bytes of the parts that are in."""
+        missing = sum(end - start for start, end in map(self.partial.header.part_range, self._missing))
+        return self.partial.header.size_bytes - missing
+
+    def want(self, parts: range) -> None:
+        """Bring these parts forward: a reader will wait for them."""
+        for part in parts:
+            if part in self._missing and part not in self._in_flight:
+                self._scheduler.push(Urgency.DEMAND, self, part)
+
+    async def part(self, part: int) -> None:
+        """Wait until `part` is in the file.
+
+        Raises:
+            ShoalError: the source failed for good.
+            DiskFailed: the disk did.
+        """
+        if self.sealed.done():
+            self.sealed.result()
+            return
+        if part not in self._missing:
+            return
+        waiter = self._waiters.get(part)
+        if waiter is None:
+            waiter = self._waiters[part] = asyncio.get_running_loop().create_future()
+        await asyncio.shield(waiter)
+
+    def take(self, part: int) -> bool:
+        """Whether the scheduler should fetch `part` now: a part may be queued twice, and is fetched once."""
+        if self.sealed.done() or part in self._in_flight or (self._missing and part not in self._missing):
+            return False
+        self._in_flight.add(part)
+        self._idle.clear()
+        return True
+
+    def _landed(self, part: int) -> None:
+        self._in_flight.discard(part)
+        if not self._in_flight:
+            self._idle.set()
+
+    def fetch(self, part: int) -> bool:
+        """In a thread: bring `part` in, and seal after the last one. Returns whether the shard was sealed."""
+        header = self.partial.header
+        if header.checksums[part] is None:
+            start, end = header.part_range(part)
+            data = self._source.read(start, end)
+            try:
+                self.partial.write_part(part, data)
+            except OSError as error:
+                raise DiskFailed(f"{self.partial.key.hex()}: {error}") from error
+        if not self.partial.claim_seal():
+            return False
+        try:
+            self.partial.seal()
+        except OSError as error:
+            raise DiskFailed(f"{self.partial.key.hex()}: {error}") from error
+        return True
+
+    def arrived(self, part: int, *, is_sealed: bool) -> None:
+        """On the loop: `fetch` returned."""
+        self._landed(part)
+        self._missing.discard(part)
+        waiter = self._waiters.pop(part, None)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+        if is_sealed and not self.sealed.done():
+            self.sealed.set_result(None)
+
+    def failed(self, part: int, error: BaseException) -> None:
+        """On the loop: `part` failed for good, and with it the fill; parts in flight are let run out."""
+        self._landed(part)
+        if self.sealed.done():
+            return
+        self.sealed.set_exception(error)
+        for waiter in self._waiters.values():
+            if not waiter.done():
+                waiter.set_exception(error)
+                waiter.exception()  # a waiter whose reader has left is not an error of its own
+        self._waiters.clear()
+
+    async def wait_idle(self) -> None:
+        """Wait until no thread works on the file."""
+        await self._idle.wait()
+
+
+class Scheduler:
+    """Runs part fetches of all fills, the most urgent first.
+
+    Args:
+        fetches: how many at a time.
+    """
+
+    def __init__(self, fetches: int) -> None:
+        self._queue: list[tuple[int, int, Fill, int]] = []
+        self._sequence = itertools.count()
+        self._wake = asyncio.Semaphore(0)
+        self._threads = ThreadPoolExecutor(fetches, thread_name_prefix="fill")
+        self._fetches = fetches
+        self._tasks = [asyncio.create_task(self._run()) for _ in range(fetches)]
+        self.in_flight = 0
+
+    def push(self, urgency: Urgency, fill: Fill, part: int) -> None:
+        heapq.heappush(self._queue, (urgency, next(self._sequence), fill, part))
+        self._wake.release()
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.acquire()
+            _, _, fill, part = heapq.heappop(self._queue)
+            if not fill.take(part):
+                continue
+            self.in_flight += 1
+            try:
+                is_sealed = await loop.run_in_executor(self._threads, fill.fetch, part)
+            except asyncio.CancelledError:
+                raise
+            except (ShoalError, DiskFailed) as error:
+                fill.failed(part, error)
+            except Exception as error:
+                log.exception("fill of %s failed", fill.key.hex())
+                fill.failed(part, ShoalError(f"internal error while filling: {error!r}"))
+            else:
+                fill.arrived(part, is_sealed=is_sealed)
+            finally:
+                self.in_flight -= 1
+
+
+class Fills:
+    """All fills of a node, at most one a shard: the single flight."""
+
+    def __init__(self, store: Store, fetches: int, *, on_sealed: Callable[[Key], None]) -> None:
+        self._store = store
+        self._scheduler = Scheduler(fetches)
+        self._fills: dict[Key, asyncio.Task[Fill]] = {}
+        self._running: dict[Key, Fill] = {}
+        self._on_sealed = on_sealed
+        self._watchers: set[asyncio.Task[None]] = set()
+
+    def running(self, key: Key) -> Fill | None:
+        return self._running.get(key)
+
+    def all(self) -> list[tuple[Key, Fill]]:
+        """Every fill that runs."""
+        return list(self._running.items())
+
+    @property
+    def count(self) -> int:
+        return len(self._fills)
+
+    @property
+    def fetches_in_flight(self) -> int:
+        return self._scheduler.in_flight
+
+    async def join(self, key: Key, size_bytes: int, source: Source, urgency: Urgency) -> Fill:
+        """The fill of `key`: the one that runs, or a new one.
+
+        Raises:
+            StoreFull: there is no room.
+            DiskFailed: the data directory failed.
+        """
+        task = self._fills.get(key)
+        if task is None:
+            task = self._fills[key] = asyncio.create_task(self._begin(key, size_bytes, source, urgency))
+        return await asyncio.shield(task)
+
+    async def _begin(self, key: Key, size_bytes: int, source: Source, urgency: Urgency) -> Fill:
+        try:
+            partial = await asyncio.to_thread(self._store.begin, key, size_bytes)
+        except BaseException as error:
+            del self._fills[key]
+            if isinstance(error, OSError):
+                raise DiskFailed(str(error)) from error
+            raise
+        fill = self._running[key] = Fill(partial, source, self._scheduler, urgency)
+        watcher = asyncio.create_task(self._watch(fill))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+        return fill
+
+    async def _watch(self, fill: Fill) -> None:
+        """Take the fill off the list when it is over, in the state that its end calls for."""
+        try:
+            await asyncio.shield(fill.sealed)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whoever waits for the fill has the error; here only the file matters
+            log.warning("fill of %s stopped: %s", fill.key.hex(), error)
+            await fill.wait_idle()
+            passing = (OriginUnavailable, Unavailable, Overloaded)
+            end = self._store.suspend if isinstance(error, passing) else PartialFile.drop
+            await asyncio.to_thread(end, fill.partial)
+        else:
+            self._on_sealed(fill.key)
+        finally:
+            self._fills.pop(fill.key, None)
+            self._running.pop(fill.key, None)
+
+    async def close(self) -> None:
+        for task in (*self._watchers, *self._fills.values()):
+            task.cancel()
+        await self._scheduler.close()

@@ -1,0 +1,253 @@
+"""What a node knows of the cluster: the map, the datasets with their credentials, the snapshots.
+
+All of it comes from the controller's orders and is kept in the data directory, so that a node that starts while the
+controller is down serves what it served before. `orders.json` holds credentials and is readable by the owner alone.
+
+The rule: a snapshot is fetched by its digest and verified against it, so it does not matter who sent it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shoal import datasets, origin, shards, snapshot
+from shoal.cluster_map import ClusterMap, NodeState
+from shoal.datasets import DatasetRecord
+from shoal.errors import DatasetNotFound, NotFound, ShardCorrupt, ShoalError, SnapshotNotFound, StoreUnusable
+from shoal.origin import Origin
+from shoal.placement import Placement
+from shoal.snapshot import Snapshot
+from shoal.transport import Transport
+from shoal_cachenode.store import write_atomically
+
+log = logging.getLogger(__name__)
+
+MAX_PLACEMENTS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class KnownDataset:
+    """A dataset and the options that its origin is opened with."""
+
+    record: DatasetRecord
+    storage_options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Knowledge:
+    """What the last orders said. A value: new orders make a new one."""
+
+    cluster_map: ClusterMap = field(default_factory=ClusterMap)
+    datasets: tuple[KnownDataset, ...] = ()
+    controller_http: str = ""
+    controller_grpc: str = ""
+    cluster_id: str = ""
+
+    def snapshots(self) -> set[str]:
+        """Digests that any dataset still serves."""
+        return {digest for known in self.datasets for digest in known.record.snapshots}
+
+    def newest(self) -> set[str]:
+        """The newest digest of each dataset."""
+        return {known.record.snapshot for known in self.datasets}
+
+    def dataset_of(self, digest: str) -> KnownDataset:
+        """The dataset that a snapshot belongs to.
+
+        Raises:
+            SnapshotNotFound: none that this node knows of.
+        """
+        for known in self.datasets:
+            if digest in known.record.snapshots:
+                return known
+        raise SnapshotNotFound(
+            f"snapshot {digest} belongs to no dataset here: it was removed or superseded; open the dataset again"
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "map": json.loads(self.cluster_map.to_json()),
+                "datasets": [
+                    {"record": d.record.to_dict(), "storage_options": dict(d.storage_options)} for d in self.datasets
+                ],
+                "controller_http": self.controller_http,
+                "controller_grpc": self.controller_grpc,
+                "cluster_id": self.cluster_id,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Knowledge:
+        raw = json.loads(text)
+        return cls(
+            ClusterMap.from_json(json.dumps(raw["map"])),
+            tuple(KnownDataset(DatasetRecord.from_dict(d["record"]), d["storage_options"]) for d in raw["datasets"]),
+            raw["controller_http"],
+            raw["controller_grpc"],
+            raw["cluster_id"],
+        )
+
+
+class Library:
+    """Snapshots, origins and placements, opened once and shared."""
+
+    def __init__(self, directory: Path, transport: Transport) -> None:
+        self._orders = directory / "orders.json"
+        self._snapshots_directory = directory / "snapshots"
+        self._snapshots_directory.mkdir(exist_ok=True)
+        self._transport = transport
+        self._snapshots: dict[str, Snapshot] = {}
+        self._fetching: dict[str, asyncio.Task[Path]] = {}
+        self._origins: dict[str, tuple[Mapping[str, Any], Origin]] = {}
+        self._origins_lock = threading.Lock()  # guards _origins
+        self._placements: OrderedDict[tuple[str, int, int], Placement] = OrderedDict()
+        self.knowledge = self._load()
+
+    def _load(self) -> Knowledge:
+        try:
+            return Knowledge.from_json(self._orders.read_text())
+        except FileNotFoundError:
+            return Knowledge()
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreUnusable(
+                f"{self._orders} is damaged ({error!r}): delete it; the controller sends it anew"
+            ) from error
+
+    def apply(self, knowledge: Knowledge) -> None:
+        """Take new orders, and keep them. Blocks on the disk."""
+        if knowledge == self.knowledge:
+            return
+        self.knowledge = knowledge
+        write_atomically(self._orders, knowledge.to_json().encode())
+        served = knowledge.snapshots()
+        for digest in set(self._snapshots) - served:
+            self._snapshots.pop(digest, None)
+        for path in self._snapshots_directory.glob("*.arrow"):
+            if path.stem not in served:
+                path.unlink(missing_ok=True)
+
+    def record(self, name: str) -> DatasetRecord:
+        """The record of a dataset. Raises DatasetNotFound."""
+        for known in self.knowledge.datasets:
+            if known.record.name == name:
+                return known.record
+        raise DatasetNotFound(f"this node knows no dataset named {name!r}")
+
+    async def snapshot_path(self, digest: str) -> Path:
+        """The verified file of a snapshot; fetched from the controller or a peer where it is not here.
+
+        Raises:
+            SnapshotNotFound: nobody has it.
+        """
+        path = self._snapshots_directory / f"{datasets.check_digest(digest)}.arrow"
+        if path.exists():
+            return path
+        self.knowledge.dataset_of(digest)
+        task = self._fetching.get(digest)
+        if task is None:
+            task = self._fetching[digest] = asyncio.create_task(asyncio.to_thread(self._fetch, digest, path))
+            task.add_done_callback(lambda _: self._fetching.pop(digest, None))
+        return await asyncio.shield(task)
+
+    async def snapshot(self, digest: str) -> Snapshot:
+        """The snapshot, mapped. Raises SnapshotNotFound."""
+        known = self._snapshots.get(digest)
+        if known is not None:
+            return known
+        path = await self.snapshot_path(digest)
+        opened = await asyncio.to_thread(Snapshot.open, path)
+        return self._snapshots.setdefault(digest, opened)
+
+    def _fetch(self, digest: str, path: Path) -> Path:
+        knowledge = self.knowledge
+        peers = [n.address for n in knowledge.cluster_map.nodes if n.state is not NodeState.DOWN]
+        for address in filter(None, [knowledge.controller_http, *peers]):
+            try:
+                answer = self._transport.get(address, f"/v1/snapshots/{digest}", {"Via": "1.1 shoal"})
+                return snapshot.adopt(path, answer.body, digest)
+            except ShardCorrupt as error:
+                log.warning("%s sent a damaged snapshot: %s", address, error)
+            except ShoalError as error:
+                log.info("%s did not send snapshot %s: %s", address, digest, error)
+        raise SnapshotNotFound(f"nobody sent snapshot {digest}: the controller and all nodes were asked")
+
+    def placement(self, opened: Snapshot, replicas: int) -> Placement:
+        """Who owns the shards of a snapshot under the map of now."""
+        cluster_map = self.knowledge.cluster_map
+        key = opened.digest, cluster_map.epoch, replicas
+        placement = self._placements.get(key)
+        if placement is None:
+            placement = self._placements[key] = Placement.of(opened, cluster_map, replicas)
+            while len(self._placements) > MAX_PLACEMENTS:
+                self._placements.popitem(last=False)
+        return placement
+
+    def origin(self, known: KnownDataset) -> Origin:
+        """The opened origin of a dataset; opened anew where its options changed. May block.
+
+        Raises:
+            ShoalError: the options refer to something that is not here.
+        """
+        name = known.record.name
+        with self._origins_lock:
+            cached = self._origins.get(name)
+            if cached is not None and cached[0] == known.storage_options and cached[1].url == known.record.origin:
+                return cached[1]
+        opened = origin.open_origin(known.record.origin, origin.resolve_options(known.storage_options))
+        with self._origins_lock:
+            self._origins[name] = known.storage_options, opened
+        return opened
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """One shard of one snapshot, found.
+
+    Attributes:
+        size_bytes: of the shard.
+    """
+
+    dataset: KnownDataset
+    snapshot: Snapshot
+    row: int
+    index: int
+    key: bytes
+    size_bytes: int
+
+    @property
+    def offset(self) -> int:
+        return self.index * self.snapshot.shard_size
+
+    @property
+    def ordinal(self) -> int:
+        return self.snapshot.first_shard(self.row) + self.index
+
+    @property
+    def target(self) -> str:
+        """The path of the shard on any node."""
+        return f"/v1/snapshots/{self.snapshot.digest}/rows/{self.row}/shards/{self.index}"
+
+
+def find_shard(known: KnownDataset, opened: Snapshot, row: int, index: int) -> ShardSpec:
+    """Look a shard up.
+
+    Raises:
+        NotFound: the snapshot has no such row, or the row no such shard.
+    """
+    if not 0 <= row < len(opened):
+        raise NotFound(f"snapshot {opened.digest} has rows 0 to {len(opened) - 1}, not {row}")
+    size_bytes = opened.size(row)
+    count = shards.shard_count(size_bytes, opened.shard_size)
+    if not 0 <= index < count:
+        raise NotFound(f"row {row} of snapshot {opened.digest} has {count} shards, not a number {index}")
+    key = shards.shard_key(opened.key(row), index)
+    return ShardSpec(known, opened, row, index, key, shards.shard_length(size_bytes, opened.shard_size, index))

@@ -1,0 +1,65 @@
+"""What Prometheus reads at ``/metrics`` of a cache node; docs/cachenode.md lists the same names.
+
+The node counts for itself (shoal_cachenode.node.Counters); this collector shows those counts in Prometheus's form, so
+no value is kept twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from shoal.wire.http_server import HttpServer
+from shoal_cachenode.node import CacheNode
+
+
+class NodeCollector(Collector):
+    """Reads the node's counts at each scrape."""
+
+    def __init__(self, node: CacheNode, server: HttpServer) -> None:
+        self._node = node
+        self._server = server
+
+    def collect(self) -> Iterator[Metric]:
+        node, counters = self._node, self._node.counters
+        served = CounterMetricFamily(
+            "shoal_node_served_bytes", "Bytes of shards sent to readers, by where they lay.", labels=["from"]
+        )
+        served.add_metric(["sealed"], counters.served_sealed_bytes.value)
+        served.add_metric(["filling"], counters.served_filling_bytes.value)
+        served.add_metric(["through"], counters.served_through_bytes.value)
+        yield served
+        fetched = CounterMetricFamily(
+            "shoal_node_fetched_bytes", "Bytes of shards brought to this node, by where from.", labels=["from"]
+        )
+        fetched.add_metric(["origin"], counters.origin_bytes.value)
+        fetched.add_metric(["peer"], counters.peer_bytes.value)
+        yield fetched
+        yield CounterMetricFamily(
+            "shoal_node_descriptors_passed", "Sealed files handed to local readers.", counters.descriptors.value
+        )
+        yield CounterMetricFamily(
+            "shoal_node_fills_failed", "Reads that a failed fill ended.", counters.fills_failed.value
+        )
+        gauges = {
+            "shoal_node_capacity_bytes": ("Bytes of cache this node offers.", node.store.capacity_bytes),
+            "shoal_node_used_bytes": ("Bytes of sealed and filling shards.", node.store.used_bytes),
+            "shoal_node_reserved_bytes": ("Bytes reserved by filling shards.", node.store.reserved_bytes),
+            "shoal_node_fills": ("Shards that are filling.", node.fills.count),
+            "shoal_node_fetches": ("Part fetches in flight.", node.fills.fetches_in_flight),
+            "shoal_node_connections": ("Open data connections.", self._server.open_connections),
+            "shoal_node_epoch": ("Epoch of the cluster map in use.", node.library.knowledge.cluster_map.epoch),
+            "shoal_node_healthy": ("1 while the data directory works.", 0 if node.disk_fault else 1),
+        }
+        for name, (help_sentence, value) in gauges.items():
+            yield GaugeMetricFamily(name, help_sentence, value)
+
+
+def exposition(node: CacheNode, server: HttpServer) -> bytes:
+    """The Prometheus text of this moment."""
+    registry = CollectorRegistry()
+    registry.register(NodeCollector(node, server))
+    return generate_latest(registry)

@@ -1,0 +1,199 @@
+"""A cache node's parts, put together, and the decisions that need several of them: who fills, from where, into what.
+
+The rule: the node answers every read it can answer. A full or sick drive, a missing controller or a map that names
+nobody changes where the bytes come from, never whether they come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shoal.cluster_map import Node as MapNode
+from shoal.cluster_map import NodeState
+from shoal.errors import ClusterUnavailable, ShoalError
+from shoal.shards import PART_SIZE, Key
+from shoal.transport import Transport
+from shoal_cachenode.fill import Fill, Fills, Urgency
+from shoal_cachenode.holdings import Holdings
+from shoal_cachenode.inventory import Inventory
+from shoal_cachenode.library import Knowledge, Library, ShardSpec
+from shoal_cachenode.source import Counter, FirstThatHasIt, OriginSource, PeerSource, Source
+from shoal_cachenode.store import Store, StoreFull
+
+log = logging.getLogger(__name__)
+
+#: Nodes that are asked for a shard they do not own before the origin is: after a map change they are its last owners.
+FORMER_OWNERS_ASKED = 2
+PEER_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What a cache node is started with.
+
+    Attributes:
+        advertise: ``host:port`` of the data plane, as others reach it.
+        fetches: part fetches at a time; with the part size this bounds the memory of fills.
+    """
+
+    data_dir: Path
+    capacity_bytes: int
+    topology: Mapping[str, str] = field(default_factory=dict)
+    fetches: int = 16
+    part_size: int = PART_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Bytes by where they came from, since the start."""
+
+    origin_bytes: Counter = field(default_factory=Counter)
+    peer_bytes: Counter = field(default_factory=Counter)
+    served_sealed_bytes: Counter = field(default_factory=Counter)
+    served_filling_bytes: Counter = field(default_factory=Counter)
+    served_through_bytes: Counter = field(default_factory=Counter)
+    descriptors: Counter = field(default_factory=Counter)
+    fills_failed: Counter = field(default_factory=Counter)
+
+
+class CacheNode:
+    """The state of one cache node. Made on a running event loop."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.counters = Counters()
+        self.store = Store(config.data_dir, config.capacity_bytes, part_size=config.part_size)
+        self.transport = Transport(read_timeout_s=PEER_TIMEOUT_S)
+        self.library = Library(config.data_dir, self.transport)
+        self.inventory = Inventory(self.store)
+        self.fills = Fills(self.store, config.fetches, on_sealed=self._on_sealed)
+        self.id = self.store.node_id
+        self.address = ""
+        self.disk_fault = ""
+        self._room = asyncio.Lock()  # one search for room at a time: two would drop twice what is needed
+        self._on_knowledge: list[Callable[[], None]] = []
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="io"))
+
+    @property
+    def condition(self) -> str:
+        """``ok``, or why reads pass through."""
+        if self.disk_fault:
+            return f"passing reads through: {self.disk_fault}"
+        return "ok" if self.store.free_bytes > 0 else "full"
+
+    def describe(self) -> MapNode:
+        """This node as it wants to stand in the map."""
+        return MapNode(self.id, self.address, self.config.capacity_bytes, dict(self.config.topology), NodeState.UP)
+
+    def on_knowledge(self, callback: Callable[[], None]) -> None:
+        """Call `callback` on the loop after new orders were applied."""
+        self._on_knowledge.append(callback)
+
+    async def apply(self, knowledge: Knowledge) -> None:
+        """Take new orders: keep them, fetch new snapshots, drop what no dataset names any more."""
+        before = self.library.knowledge
+        if knowledge == before:
+            return
+        await asyncio.to_thread(self.library.apply, knowledge)
+        served = knowledge.snapshots()
+        self.inventory.forget(served)
+        if knowledge.cluster_id == before.cluster_id and before.snapshots() - served:
+            # Only a controller that once told of a dataset may take it away: one that lost its disk knows of none.
+            for digest in served:
+                await self.holdings_of(digest)
+            freed = await asyncio.to_thread(self.inventory.drop_unserved, served)
+            log.info("dropped %d bytes of datasets and snapshots that are gone", freed)
+        for callback in self._on_knowledge:
+            callback()
+
+    async def holdings_of(self, digest: str) -> Holdings | None:
+        """What is held of a snapshot; None where nobody has the snapshot now."""
+        try:
+            opened = await self.library.snapshot(digest)
+        except ShoalError as error:
+            log.warning("snapshot %s is not to be had: %s", digest, error)
+            return None
+        return await asyncio.to_thread(self.inventory.of, opened)
+
+    def order(self, spec: ShardSpec) -> tuple[MapNode, ...]:
+        """Owners of a shard, then everybody else; empty while the map names nobody."""
+        try:
+            placement = self.library.placement(spec.snapshot, spec.dataset.record.replicas)
+            return placement.order(spec.ordinal)
+        except ClusterUnavailable:
+            return ()
+
+    def rank(self, order: tuple[MapNode, ...]) -> int | None:
+        """This node's place in an order; None where it is not in it."""
+        return next((rank for rank, node in enumerate(order) if node.id == self.id), None)
+
+    def source(self, spec: ShardSpec, order: tuple[MapNode, ...]) -> Source:
+        """Where a fill of `spec` here reads: owners before this one, then whoever may still hold it, then the origin.
+
+        May block while the origin is opened.
+        """
+        replicas = min(spec.dataset.record.replicas, len(order))
+        rank = self.rank(order)
+        peers: list[Source] = []
+        if rank is not None:
+            peers += [self.peer(node, spec, cached_only=False) for node in order[: min(rank, replicas)]]
+        former = [node for node in order[len(peers) :] if node.id != self.id][: replicas - 1 + FORMER_OWNERS_ASKED]
+        former += [n for n in self.library.knowledge.cluster_map.nodes if n.state is NodeState.DRAINING]
+        peers += [self.peer(node, spec, cached_only=True) for node in former if node.id != self.id]
+        return FirstThatHasIt(peers, self.origin_source(spec))
+
+    def peer(self, node: MapNode, spec: ShardSpec, *, cached_only: bool) -> PeerSource:
+        return PeerSource(self.transport, node.address, spec.target, self.id, cached_only, self.counters.peer_bytes)
+
+    def origin_source(self, spec: ShardSpec) -> Source:
+        opened = self.library.origin(spec.dataset)
+        row = spec.row
+        return OriginSource(
+            opened, spec.snapshot.path(row), spec.snapshot.version(row), spec.offset, self.counters.origin_bytes
+        )
+
+    async def fill(self, spec: ShardSpec, order: tuple[MapNode, ...], urgency: Urgency) -> Fill:
+        """The one fill of a shard, with room made for it.
+
+        Raises:
+            AlreadySealed: another fill was faster.
+            StoreFull: there is no room, and none can be made.
+            DiskFailed: the drive is sick.
+            ShoalError: the origin's options are wrong.
+        """
+        running = self.fills.running(spec.key)
+        if running is not None:
+            return running
+        source = await asyncio.to_thread(self.source, spec, order)
+        try:
+            return await self.fills.join(spec.key, spec.size_bytes, source, urgency)
+        except StoreFull:
+            if not await self.make_room(spec.size_bytes):
+                raise
+        return await self.fills.join(spec.key, spec.size_bytes, source, urgency)
+
+    async def make_room(self, size_bytes: int) -> bool:
+        """Drop what may be dropped until `size_bytes` are free; whether they are."""
+        knowledge = self.library.knowledge
+        served = knowledge.snapshots()
+        async with self._room:
+            for digest in served:
+                if await self.holdings_of(digest) is None:
+                    return False  # without its listing nobody can say which files a dataset still needs
+            return await asyncio.to_thread(
+                self.inventory.make_room, size_bytes, served=served, newest=knowledge.newest()
+            )
+
+    def _on_sealed(self, key: Key) -> None:
+        self.disk_fault = ""
+        self.inventory.sealed(key)
+
+    async def close(self) -> None:
+        await self.fills.close()
+        self.transport.close()
+        await asyncio.to_thread(self.store.close)

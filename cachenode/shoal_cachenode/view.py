@@ -1,0 +1,71 @@
+"""What a cache node tells over the routes it shares with the controller (docs/wire.md).
+
+The rule: a node answers from its last orders, so that a reader finds its way with the controller gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from shoal import datasets
+from shoal.datasets import DatasetRecord
+from shoal.errors import DatasetNotFound, Unavailable
+from shoal_cachenode.membership import Membership
+from shoal_cachenode.node import CacheNode
+
+
+class NodeView:
+    """A `shoal.wire.routes.ClusterView` over a cache node."""
+
+    def __init__(self, node: CacheNode, membership: Membership) -> None:
+        self._node = node
+        self._membership = membership
+
+    def epoch(self) -> int:
+        return self._node.library.knowledge.cluster_map.epoch
+
+    def cluster(self) -> dict[str, Any]:
+        knowledge = self._node.library.knowledge
+        return {
+            "epoch": knowledge.cluster_map.epoch,
+            "map": json.loads(knowledge.cluster_map.to_json()),
+            "controller_grpc": knowledge.controller_grpc,
+            "controller_http": knowledge.controller_http,
+            "version": version("shoal"),
+            "role": "cachenode",
+            "node_id": self._node.id,
+        }
+
+    def datasets(self) -> list[DatasetRecord]:
+        return [known.record for known in self._node.library.knowledge.datasets]
+
+    async def resolve(self, url: str, endpoint: str) -> tuple[DatasetRecord, str] | None:
+        found = datasets.resolve(self.datasets(), url, endpoint)
+        if found is not None:
+            return found
+        # The controller may allow ad-hoc datasets there; it is also the one whose refusal is final.
+        controller = self._node.library.knowledge.controller_http
+        if not controller:
+            return None
+        target = f"/v1/resolve?{urlencode({'url': url, 'endpoint': endpoint})}"
+        try:
+            answer = await asyncio.to_thread(self._node.transport.get, controller, target)
+        except Unavailable:
+            raise DatasetNotFound(
+                f"no dataset lies over {url}, and the controller at {controller}, which could make one, does not answer"
+            ) from None
+        raw = json.loads(answer.body)
+        return DatasetRecord.from_dict(raw["dataset"]), raw["path"]
+
+    async def snapshot_path(self, digest: str) -> Path:
+        return await self._node.library.snapshot_path(digest)
+
+    def ready(self) -> str | None:
+        if self._membership.is_connected or self._node.library.knowledge.cluster_map.epoch:
+            return None
+        return "the node has not heard from its controller yet"
