@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shoal import datasets, origin, shards, snapshot
+from shoal import datasets, origin, shards
 from shoal.cluster_map import ClusterMap, NodeState
 from shoal.datasets import DatasetRecord
 from shoal.errors import DatasetNotFound, NotFound, ShardCorrupt, ShoalError, SnapshotNotFound, StoreUnusable
@@ -155,7 +155,7 @@ class Library:
         task = self._fetching.get(digest)
         if task is None:
             task = self._fetching[digest] = asyncio.create_task(asyncio.to_thread(self._fetch, digest, path))
-            task.add_done_callback(lambda _: self._fetching.pop(digest, None))
+            task.add_done_callback(lambda _: self._fetching.pop(digest))
         return await asyncio.shield(task)
 
     async def snapshot(self, digest: str) -> Snapshot:
@@ -173,7 +173,13 @@ class Library:
         for address in filter(None, [knowledge.controller_http, *peers]):
             try:
                 answer = self._transport.get(address, f"/v1/snapshots/{digest}", {"Via": "1.1 shoal"})
-                return snapshot.adopt(path, answer.body, digest)
+                aside = path.with_suffix(".fetching")
+                aside.write_bytes(answer.body)
+                opened = Snapshot.open(aside)
+                opened.verify()
+                if opened.digest != digest:
+                    raise ShardCorrupt(f"it is snapshot {opened.digest}")
+                return aside.rename(path)
             except ShardCorrupt as error:
                 log.warning("%s sent a damaged snapshot: %s", address, error)
             except ShoalError as error:
@@ -186,7 +192,8 @@ class Library:
         key = opened.digest, cluster_map.epoch, replicas
         placement = self._placements.get(key)
         if placement is None:
-            placement = self._placements[key] = Placement.of(opened, cluster_map, replicas)
+            placement = Placement(opened.shard_table, opened.shard_count(), cluster_map, replicas)
+            self._placements[key] = placement
             while len(self._placements) > MAX_PLACEMENTS:
                 self._placements.popitem(last=False)
         return placement

@@ -62,7 +62,7 @@ class Membership:
             await self._stub.Report(await self._report(leaving=True), timeout=2.0)
         except grpc.RpcError as error:
             log.info("the controller did not hear the goodbye: %s", _reason(error))
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def _watch(self) -> None:
         while True:

@@ -124,7 +124,7 @@ class CacheNode:
         """Owners of a shard, then everybody else; empty while the map names nobody."""
         try:
             placement = self.library.placement(spec.snapshot, spec.dataset.record.replicas)
-            return placement.order(spec.ordinal)
+            return placement.order(spec.ordinal, spec.key)
         except ClusterUnavailable:
             return ()
 

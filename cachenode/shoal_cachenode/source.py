@@ -64,7 +64,7 @@ class PeerSource:
         if self.cached_only:
             headers["Cache-Control"] = "only-if-cached"
         # pyarrow's pool reuses pages; a fresh bytearray would fault in each of them anew.
-        buffer = memoryview(pa.allocate_buffer(end - start)).cast("B")
+        buffer: memoryview = memoryview(pa.allocate_buffer(end - start)).cast("B")
         self.transport.read_into(self.address, self.target, start, end, buffer, headers)
         self.on_read.add(end - start)
         return buffer

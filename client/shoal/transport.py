@@ -131,7 +131,7 @@ class Transport:
             except OSError as error:
                 connection.close()
                 raise NodeUnavailable(f"{address} does not answer: {error or type(error).__name__}") from error
-            except httptools.HttpParserError as error:
+            except (httptools.HttpParserError, KeyError, ValueError) as error:  # KeyError: no Content-Length
                 connection.close()
                 raise NodeUnavailable(f"{address} does not speak HTTP as Shoal does: {error}") from error
             except BaseException:

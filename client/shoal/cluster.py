@@ -1,0 +1,261 @@
+"""A process's view of the cluster: map, datasets and snapshots, all over HTTP from whoever answers.
+
+The endpoint is only where the first answer comes from. Once the map is known any node can be asked, so neither the
+controller nor the endpoint need stay up.
+
+The rule: the view may be late, never wrong. Every answer carries its sender's epoch; a newer one than ours means that
+the map is fetched again before the next plan.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from shoal.cluster_map import ClusterMap, NodeState
+from shoal.datasets import DatasetRecord
+from shoal.errors import ClusterUnavailable, InvalidRequest, ShardCorrupt, Unavailable
+from shoal.local import LocalNode
+from shoal.placement import Placement
+from shoal.snapshot import Snapshot
+from shoal.transport import Answer, Transport
+
+log = logging.getLogger(__name__)
+
+MAX_PLACEMENTS = 64
+
+
+def parse_endpoint(text: str) -> str:
+    """``host:port`` of ``http://host:port`` or ``host:port``.
+
+    Raises:
+        InvalidRequest: it is neither.
+    """
+    address = text.strip().removeprefix("http://").rstrip("/")
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
+        raise InvalidRequest(
+            f"{text!r} is no endpoint: write http://HOST:PORT of the controller (port 7441) or of a cache node (7450)"
+        )
+    return address
+
+
+class Cluster:
+    """What one process knows of one cluster. Thread-safe; shared by all file systems of the process.
+
+    Args:
+        endpoint: see `parse_endpoint`; "" to start from the local node.
+        socket_path: of the local node; None for the usual one.
+        use_local: False forces the network.
+    """
+
+    def __init__(self, endpoint: str, socket_path: str | None = None, *, use_local: bool = True) -> None:
+        self.transport = Transport()
+        self.local = LocalNode.find(self.transport, socket_path) if use_local else None
+        if not endpoint and self.local is None:
+            raise ClusterUnavailable(
+                "no cluster to read from: set SHOAL_ENDPOINT to http://HOST:PORT of the controller or a cache node, or "
+                "pass storage_options={'endpoint': …}; 'shoal dev' starts a cluster on this machine"
+            )
+        self._endpoint = parse_endpoint(endpoint) if endpoint else ""
+        self._map = ClusterMap()
+        self._known_epoch = 0
+        self._snapshots: dict[str, Snapshot] = {}
+        self._placements: OrderedDict[tuple[str, int, int], Placement] = OrderedDict()
+        self._reset_lock()
+        self.document = self._fetch_document()
+
+    def _reset_lock(self) -> None:
+        self._lock = threading.Lock()  # guards _map, _placements; in a fork's child a new one: see `connect`
+
+    @property
+    def map(self) -> ClusterMap:
+        """The newest cluster map known here."""
+        if self._known_epoch > self._map.epoch:
+            self.refresh_map()
+        return self._map
+
+    def note_epoch(self, epoch: int) -> None:
+        """Remember that somebody has a map of this epoch."""
+        if epoch > self._known_epoch:
+            self._known_epoch = epoch
+
+    def refresh_map(self) -> None:
+        """Fetch the map anew; keep the old one where nobody answers."""
+        try:
+            self.document = self._fetch_document()
+        except Unavailable as error:
+            log.warning("the cluster map could not be renewed, going on with epoch %d: %s", self._map.epoch, error)
+            self._known_epoch = self._map.epoch
+
+    def _fetch_document(self) -> dict[str, Any]:
+        newest: dict[str, Any] = json.loads(self.ask("/v1/cluster").body)
+        if newest["epoch"] < self._known_epoch:
+            # Whoever answered is late itself. The nodes hear of a new map from the controller, so one of them has it.
+            for address in self._node_addresses():
+                try:
+                    document = json.loads(self.transport.get(address, "/v1/cluster").body)
+                except Unavailable:
+                    continue
+                newest = max(newest, document, key=lambda d: d["epoch"])
+        with self._lock:
+            if newest["epoch"] >= self._map.epoch:
+                self._map = ClusterMap.from_json(json.dumps(newest["map"]))
+            self._known_epoch = self._map.epoch
+        return newest
+
+    def _node_addresses(self) -> list[str]:
+        return [n.address for n in self._map.nodes if n.state is not NodeState.DOWN]
+
+    def ask(self, target: str) -> Answer:
+        """GET a resource that every process of the cluster can answer: the local node first, then the endpoint.
+
+        Raises:
+            ClusterUnavailable: nobody answers.
+            ShoalError: what the one that answers says.
+        """
+        local = [self.local.address] if self.local is not None else []
+        failure: Unavailable | None = None
+        for address in dict.fromkeys([*local, *filter(None, [self._endpoint]), *self._node_addresses()]):
+            try:
+                answer = self.transport.get(address, target)
+            except Unavailable as error:
+                failure = failure or error
+                continue
+            self.note_epoch(answer.epoch)
+            return answer
+        raise ClusterUnavailable(
+            f"no Shoal cluster answers at {self._endpoint or 'the local socket'}: {failure}; check SHOAL_ENDPOINT (or "
+            "storage_options 'endpoint') and that the cluster runs"
+        ) from failure
+
+    def datasets(self) -> list[DatasetRecord]:
+        """All registered datasets."""
+        return [DatasetRecord.from_dict(raw) for raw in json.loads(self.ask("/v1/datasets").body)]
+
+    def dataset(self, name: str) -> DatasetRecord:
+        """The record of a dataset as it is now. Raises DatasetNotFound."""
+        return DatasetRecord.from_json(self.ask(f"/v1/datasets/{quote(name)}").body)
+
+    def resolve(self, url: str, endpoint: str) -> tuple[DatasetRecord, str]:
+        """The dataset over an origin URL, and the path inside it.
+
+        Raises:
+            DatasetNotFound: none, and an ad-hoc one is not allowed; the message has the line to type.
+        """
+        raw = json.loads(self.ask(f"/v1/resolve?{urlencode({'url': url, 'endpoint': endpoint})}").body)
+        return DatasetRecord.from_dict(raw["dataset"]), raw["path"]
+
+    def snapshot(self, digest: str) -> Snapshot:
+        """The snapshot, mapped: the local node's file, or a copy that all processes of this user share.
+
+        Raises:
+            SnapshotNotFound: it is served no more.
+        """
+        known = self._snapshots.get(digest)
+        if known is not None:
+            return known
+        opened = self.local.snapshot(digest) if self.local is not None else None
+        if opened is None:
+            opened = self._download(digest)
+        return self._snapshots.setdefault(digest, opened)
+
+    def _download(self, digest: str) -> Snapshot:
+        path = _snapshot_cache() / f"{digest}.arrow"
+        try:
+            return Snapshot.open(path)
+        except FileNotFoundError:
+            pass
+        except ShardCorrupt as error:
+            log.warning("fetching the snapshot anew: %s", error)
+        address, size_bytes = self._holder_of(digest)
+        fd, aside = tempfile.mkstemp(dir=path.parent, prefix=".fetching-")
+        try:
+            os.ftruncate(fd, size_bytes)
+            # Received into the file's own pages: a copy on the heap would be private to this process.
+            with mmap.mmap(fd, size_bytes) as pages, memoryview(pages) as view:
+                self.transport.read_into(address, f"/v1/snapshots/{digest}", 0, size_bytes, view)
+            opened = Snapshot.open(aside)
+            opened.verify()
+            if opened.digest != digest:
+                raise ShardCorrupt(f"{address} sent snapshot {opened.digest} where {digest} was asked for")
+            Path(aside).rename(path)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+        return opened
+
+    def _holder_of(self, digest: str) -> tuple[str, int]:
+        """Somebody who has a snapshot, and its bytes."""
+        failure: Unavailable | None = None
+        for address in dict.fromkeys([*filter(None, [self._endpoint]), *self._node_addresses()]):
+            try:
+                answer = self.transport.get(address, f"/v1/snapshots/{digest}", method="HEAD")
+                return address, int(answer.headers["content-length"])
+            except Unavailable as error:
+                failure = error
+        raise ClusterUnavailable(f"nobody gives snapshot {digest}: {failure}") from failure
+
+    def placement(self, snapshot: Snapshot, replicas: int) -> Placement:
+        """Who owns the shards of a snapshot under the newest map."""
+        cluster_map = self.map
+        key = snapshot.digest, cluster_map.epoch, replicas
+        with self._lock:
+            placement = self._placements.get(key)
+            if placement is None:
+                placement = Placement(snapshot.shard_table, snapshot.shard_count(), cluster_map, replicas)
+                self._placements[key] = placement
+                while len(self._placements) > MAX_PLACEMENTS:
+                    self._placements.popitem(last=False)
+            return placement
+
+
+def _snapshot_cache() -> Path:
+    """Where this user's processes share snapshots on a machine without a cache node."""
+    directory = Path(tempfile.gettempdir()) / f"shoal-{os.getuid()}" / "snapshots"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if directory.parent.stat().st_uid != os.getuid():
+        # Another user made it first: what lies in there is theirs to change, so it is not to be trusted.
+        directory = Path(tempfile.mkdtemp(prefix="shoal-"))
+    return directory
+
+
+_clusters: dict[tuple[str, str | None, bool], Cluster] = {}
+_connecting = threading.Lock()  # guards _clusters
+
+
+def connect(endpoint: str | None, socket_path: str | None = None, *, use_local: bool = True) -> Cluster:
+    """The process's one `Cluster` for an endpoint (default: ``SHOAL_ENDPOINT``).
+
+    Raises:
+        InvalidRequest, ClusterUnavailable: see `Cluster`.
+    """
+    key = endpoint or os.environ.get("SHOAL_ENDPOINT", ""), socket_path, use_local
+    with _connecting:
+        cluster = _clusters.get(key)
+        if cluster is None:
+            cluster = _clusters[key] = Cluster(key[0], socket_path, use_local=use_local)
+        return cluster
+
+
+def _after_fork_in_child() -> None:
+    # A lock that another thread of the parent held at the fork would never be released here.
+    global _connecting
+    _connecting = threading.Lock()
+    for cluster in _clusters.values():
+        cluster._reset_lock()
+        if cluster.local is not None:
+            cluster.local.reset_lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
