@@ -61,6 +61,11 @@ class Fill:
         return self.partial.key
 
     @property
+    def has_failed(self) -> bool:
+        """Whether the fill is over without a seal; it is still on the list until its file is put away."""
+        return self.sealed.done() and self.sealed.exception() is not None
+
+    @property
     def bytes_present(self) -> int:
         """Bytes of the parts that are in."""
         missing = sum(end - start for start, end in map(self.partial.header.part_range, self._missing))
@@ -205,10 +210,12 @@ class Fills:
         self._fills: dict[Key, asyncio.Task[Fill]] = {}
         self._running: dict[Key, Fill] = {}
         self._on_sealed = on_sealed
-        self._watchers: set[asyncio.Task[None]] = set()
+        self._watchers: dict[Key, asyncio.Task[None]] = {}
 
     def running(self, key: Key) -> Fill | None:
-        return self._running.get(key)
+        """The fill of `key` that one may still join."""
+        fill = self._running.get(key)
+        return None if fill is None or fill.has_failed else fill
 
     def all(self) -> list[tuple[Key, Fill]]:
         """Every fill that runs."""
@@ -229,6 +236,8 @@ class Fills:
             StoreFull: there is no room.
             DiskFailed: the data directory failed.
         """
+        while (failed := self._running.get(key)) is not None and failed.has_failed:
+            await asyncio.shield(self._watchers[key])  # a failure is the answer to those who waited, not to newcomers
         task = self._fills.get(key)
         if task is None:
             task = self._fills[key] = asyncio.create_task(self._begin(key, size_bytes, source, urgency))
@@ -243,9 +252,7 @@ class Fills:
                 raise DiskFailed(str(error)) from error
             raise
         fill = self._running[key] = Fill(partial, source, self._scheduler, urgency)
-        watcher = asyncio.create_task(self._watch(fill))
-        self._watchers.add(watcher)
-        watcher.add_done_callback(self._watchers.discard)
+        self._watchers[key] = asyncio.create_task(self._watch(fill))
         return fill
 
     async def _watch(self, fill: Fill) -> None:
@@ -263,10 +270,14 @@ class Fills:
         else:
             self._on_sealed(fill.key)
         finally:
-            self._fills.pop(fill.key, None)
-            self._running.pop(fill.key, None)
+            for by_key in (self._fills, self._running, self._watchers):
+                by_key.pop(fill.key, None)
+
+    async def settle(self) -> None:
+        """Wait until every fill that runs now is over."""
+        await asyncio.gather(*map(asyncio.shield, self._watchers.values()), return_exceptions=True)
 
     async def close(self) -> None:
-        for task in (*self._watchers, *self._fills.values()):
+        for task in (*self._watchers.values(), *self._fills.values()):
             task.cancel()
         await self._scheduler.close()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from importlib.metadata import version
 
 import grpc
 
 from shoal.cluster_map import ClusterMap, Node, NodeState
 from shoal.datasets import DatasetRecord
+from shoal.version import VERSION
 from shoal.wire import shoal_pb2 as pb
 from shoal.wire.shoal_pb2_grpc import MembershipStub
 from shoal_cachenode.library import Knowledge, KnownDataset
@@ -112,7 +112,7 @@ class Membership:
             capacity_bytes=node.store.capacity_bytes,
             condition=node.condition,
             leaving=leaving,
-            version=version("shoal"),
+            version=VERSION,
         )
         for known in knowledge.datasets:
             digest = known.record.snapshot

@@ -44,7 +44,7 @@ class OriginSource:
     def read(self, start: int, end: int) -> Buffer:
         data = self.origin.read(self.path, self.version, self.offset + start, self.offset + end)
         self.on_read.add(end - start)
-        return data
+        return memoryview(data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -15,6 +14,7 @@ from urllib.parse import urlencode
 from shoal import datasets
 from shoal.datasets import DatasetRecord
 from shoal.errors import DatasetNotFound, Unavailable
+from shoal.version import VERSION
 from shoal_cachenode.membership import Membership
 from shoal_cachenode.node import CacheNode
 
@@ -36,7 +36,7 @@ class NodeView:
             "map": json.loads(knowledge.cluster_map.to_json()),
             "controller_grpc": knowledge.controller_grpc,
             "controller_http": knowledge.controller_http,
-            "version": version("shoal"),
+            "version": VERSION,
             "role": "cachenode",
             "node_id": self._node.id,
         }

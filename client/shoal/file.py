@@ -64,7 +64,7 @@ class ShoalFile(AbstractBufferedFile):  # type: ignore[misc] # fsspec has no typ
         end = min(self.size, self.loc + len(view))
         length = max(0, end - self.loc)
         if length < MIN_WINDOW and length:
-            view[:length] = memoryview(self._buffered(self.loc, end))
+            view[:length] = memoryview(self._buffered(self.loc, end)).cast("B")
         elif length:
             self._reader.read_into(self.loc, end, view[:length])
         self.loc += length

@@ -134,7 +134,7 @@ class ObjectReader:
     def _fetch_piece(self, piece: Piece, view: memoryview) -> None:
         mapped = self._mapped(piece)
         if mapped is not None:
-            view[:] = memoryview(mapped)[piece.start : piece.end]
+            view[:] = memoryview(mapped).cast("B")[piece.start : piece.end]
             return
         order = self._order(piece.index)
         done, failure = self._fetch_from(order, piece, view, 0)

@@ -1,0 +1,5 @@
+"""The version of the installed distribution, read once."""
+
+from importlib.metadata import version
+
+VERSION = version("shoal")

@@ -1,0 +1,185 @@
+"""Cache nodes in this process, on real sockets and real files, without a controller.
+
+For tests that need to choose what is cached, how small a part is, or what the origin does; tests of whole processes use
+`shoal.devcluster`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+from shoal import snapshot
+from shoal.cluster_map import ClusterMap
+from shoal.datasets import DatasetRecord
+from shoal.errors import OriginChanged, OriginUnavailable
+from shoal.filesystem import ShoalFileSystem
+from shoal.origin import ObjectInfo
+from shoal.snapshot import Snapshot
+from shoal.wire import routes
+from shoal.wire.http_server import HttpServer
+from shoal_cachenode import metrics
+from shoal_cachenode.data_plane import DataPlane
+from shoal_cachenode.library import Knowledge, KnownDataset
+from shoal_cachenode.node import CacheNode, Config
+from shoal_cachenode.view import NodeView
+
+T = TypeVar("T")
+
+
+class DictOrigin:
+    """An origin in memory that counts what is read, and can be told to fail."""
+
+    url = "memory://set"
+    endpoint = ""
+    identity = "memory://"
+    key_prefix = "set/"
+
+    def __init__(self, objects: Mapping[str, bytes]) -> None:
+        self.objects = dict(objects)
+        self.versions = dict.fromkeys(objects, "1")
+        self.reads: list[tuple[str, int, int]] = []
+        self.is_down = False
+        self._lock = threading.Lock()  # guards reads
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(end - start for _, start, end in self.reads)
+
+    def list(self) -> Iterator[list[ObjectInfo]]:
+        yield [ObjectInfo(path, len(data), self.versions[path]) for path, data in self.objects.items()]
+
+    def read(self, path: str, version: str, start: int, end: int) -> bytes:
+        if self.is_down:
+            raise OriginUnavailable("the origin is down")
+        if self.versions.get(path) != version:
+            raise OriginChanged(f"{path} has changed: run 'shoal dataset refresh NAME'")
+        with self._lock:
+            self.reads.append((path, start, end))
+        return self.objects[path][start:end]
+
+    def close(self) -> None:
+        pass
+
+
+class MiniCluster:
+    """`nodes` cache nodes that serve the dataset ``set`` of `objects`, and clients for them.
+
+    Args:
+        directory: of the nodes' data; a second cluster over the same one is a restart.
+        part_size, shard_size: bytes.
+        capacity_bytes: of each node.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        objects: Mapping[str, bytes],
+        *,
+        nodes: int = 1,
+        part_size: int = 64,
+        shard_size: int = 4096,
+        replicas: int = 1,
+        capacity_bytes: int = 1 << 30,
+    ) -> None:
+        self.origin = DictOrigin(objects)
+        self.directory = directory
+        self.replicas = replicas
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        rows = [(i.path, i.size_bytes, i.version) for batch in self.origin.list() for i in batch]
+        directory.mkdir(exist_ok=True)
+        path = snapshot.write(
+            directory,
+            origin=self.origin.url,
+            identity=self.origin.identity,
+            key_prefix=self.origin.key_prefix,
+            shard_size=shard_size,
+            rows=rows,
+        )
+        self.snapshot = Snapshot.open(path)
+        self.nodes: list[CacheNode] = []
+        self.servers: list[HttpServer] = []
+        configs = [
+            Config(directory / f"node{i}", capacity_bytes, {"host": f"h{i}"}, fetches=4, part_size=part_size)
+            for i in range(nodes)
+        ]
+        for config in configs:
+            self.run(self._start(config, path))
+        self.epoch = 0
+        self.publish()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the nodes' loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+
+    async def _start(self, config: Config, path: Path) -> None:
+        node = CacheNode(config)
+        node.library.origin = lambda known: self.origin  # type: ignore[method-assign, assignment, return-value]
+        (config.data_dir / "snapshots" / path.name).write_bytes(path.read_bytes())
+        view = NodeView(node, SimpleNamespace(is_connected=True))  # type: ignore[arg-type]
+        server = HttpServer(
+            routes.make_handler(view, lambda: metrics.exposition(node, server), DataPlane(node)), epoch=view.epoch
+        )
+        node.address = f"127.0.0.1:{await server.listen_tcp('127.0.0.1', 0)}"
+        await server.listen_unix(self._socket(len(self.nodes)))
+        self.nodes.append(node)
+        self.servers.append(server)
+
+    def _socket(self, index: int) -> Path:
+        return self.directory / f"{index}.sock"
+
+    def publish(self, *, absent: tuple[int, ...] = ()) -> None:
+        """Give every node a new map, without the nodes `absent`."""
+        self.epoch += 1
+        members = [n.describe() for i, n in enumerate(self.nodes) if i not in absent]
+        record = DatasetRecord(
+            name="set",
+            origin=self.origin.url,
+            endpoint="",
+            shard_size=self.snapshot.shard_size,
+            replicas=self.replicas,
+            snapshot=self.snapshot.digest,
+            snapshots=(self.snapshot.digest,),
+            objects=len(self.snapshot),
+            total_bytes=self.snapshot.total_bytes,
+        )
+        knowledge = Knowledge(
+            ClusterMap(self.epoch, tuple(sorted(members, key=lambda n: n.id))),
+            (KnownDataset(record, {}),),
+            cluster_id="test",
+        )
+        for node in self.nodes:
+            self.run(node.apply(knowledge))
+
+    def filesystem(self, *, node: int = 0, local: bool = False) -> ShoalFileSystem:
+        """A client of its own, whose endpoint (and local node, with `local`) is one of the nodes."""
+        return ShoalFileSystem(
+            endpoint=self.nodes[node].address, socket=str(self._socket(node)), local=local, skip_instance_cache=True
+        )
+
+    def stop_node(self, index: int) -> None:
+        """Stop answering on a node's sockets; the map still names it."""
+        self.run(self.servers[index].close())
+
+    def close(self) -> None:
+        """Stop everything and check that nothing is left in flight."""
+        for node, server in zip(self.nodes, self.servers, strict=True):
+            self.run(server.close())
+            self.run(node.fills.settle())
+            assert (node.fills.count, node.fills.fetches_in_flight) == (0, 0), "a fill was left running"
+            self.run(node.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> MiniCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

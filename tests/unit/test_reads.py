@@ -1,0 +1,170 @@
+"""Reads through real sockets and files against the plain bytes: every cached set, range and boundary."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shoal.errors import NodeUnavailable, OriginChanged, OriginUnavailable
+from tests.support.minicluster import MiniCluster
+
+PART, SHARD = 16, 64
+SIZES = (0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200)
+NAMES = ("plain", "a b", "ünïcødé/日本", "per%20cent", "hash#1", "q?x=1", "plus+", "deep/" * 30 + "x", "back\\slash", "tab\tx")
+
+
+def content(name: str, size_bytes: int) -> bytes:
+    return bytes((len(name) * 7 + i * 13) % 256 for i in range(size_bytes))
+
+
+OBJECTS = {f"sizes/{n}": content("s", n) for n in SIZES} | {f"names/{n}": content(n, 100) for n in NAMES}
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["one-node", "three-nodes"])
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniCluster]:
+    directory = tmp_path_factory.mktemp("c")
+    with MiniCluster(directory, OBJECTS, nodes=request.param, part_size=PART, shard_size=SHARD) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("path", sorted(OBJECTS))
+def test_whole_objects(cluster: MiniCluster, path: str, local: bool) -> None:
+    fs = cluster.filesystem(local=local)
+    assert fs.cat_file(f"set/{path}") == OBJECTS[path]
+    assert fs.info(f"set/{path}")["size"] == len(OBJECTS[path])
+    with fs.open(f"set/{path}") as file:
+        assert file.read() == OBJECTS[path]
+        assert file.read(1) == b""
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_range_over_any_cached_parts(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """A cold cluster, some parts brought in by earlier reads, then a read of any range: always the plain file's bytes."""
+    size_bytes = data.draw(st.sampled_from(SIZES))
+    plain = content("s", size_bytes)
+    bound = st.integers(0, size_bytes + 5)
+    earlier = data.draw(st.lists(st.tuples(bound, bound), max_size=3))
+    start, end = data.draw(st.tuples(bound, bound))
+    with MiniCluster(tmp_path_factory.mktemp("r"), {"o": plain}, part_size=PART, shard_size=SHARD) as cluster:
+        keep_partial(cluster, data.draw(st.sets(st.integers(0, 12))))
+        for first, last in earlier:
+            assert cluster.filesystem().cat_file("set/o", first, last) == plain[first:last]
+        for local in (False, True):
+            assert cluster.filesystem(local=local).cat_file("set/o", start, end) == plain[start:end]
+            with cluster.filesystem(local=local).open("set/o") as file:
+                file.seek(start)
+                assert file.read(max(0, end - start)) == plain[start : max(start, end)]
+
+
+def keep_partial(cluster: MiniCluster, parts: set[int]) -> None:
+    """Put some parts of the object's shards on the node's disk, as a killed fill leaves them."""
+    from shoal import shards
+    from shoal_cachenode.store import Store
+
+    store: Store = cluster.nodes[0].store
+    plain = cluster.origin.objects["o"]
+    for index in range(shards.shard_count(len(plain), SHARD)):
+        length = shards.shard_length(len(plain), SHARD, index)
+        partial = store.begin(shards.shard_key(cluster.snapshot.key(0), index), length)
+        for part in range(len(partial.header.checksums)):
+            if index * (SHARD // PART) + part in parts:
+                first, last = partial.header.part_range(part)
+                partial.write_part(part, plain[index * SHARD + first : index * SHARD + last])
+        store.suspend(partial)
+
+
+def test_each_byte_is_fetched_from_the_origin_once(tmp_path: Path) -> None:
+    plain = content("x", 5000)
+    with MiniCluster(tmp_path, {"o": plain}, nodes=3, part_size=64, shard_size=512) as cluster:
+        results: list[bytes] = []
+        readers = [
+            threading.Thread(target=lambda n=n: results.append(cluster.filesystem(node=n % 3).cat_file("set/o")))
+            for n in range(8)
+        ]
+        [r.start() for r in readers]
+        [r.join() for r in readers]
+        assert results == [plain] * 8
+        assert cluster.origin.bytes_read == 5000
+
+
+def test_second_read_asks_the_origin_nothing_and_a_restart_is_warm(tmp_path: Path) -> None:
+    plain = content("x", 5000)
+    with MiniCluster(tmp_path, {"o": plain}, nodes=2, part_size=64, shard_size=512) as cluster:
+        assert cluster.filesystem().cat_file("set/o") == plain
+    with MiniCluster(tmp_path, {"o": plain}, nodes=2, part_size=64, shard_size=512) as cluster:
+        assert cluster.filesystem().cat_file("set/o") == plain
+        assert cluster.origin.bytes_read == 0
+
+
+def test_full_node_passes_reads_through(tmp_path: Path) -> None:
+    plain = content("x", 5000)
+    with MiniCluster(tmp_path, {"o": plain}, part_size=64, shard_size=512, capacity_bytes=1024) as cluster:
+        for _ in range(2):
+            assert cluster.filesystem().cat_file("set/o") == plain
+        assert cluster.nodes[0].store.used_bytes <= 1024
+        assert cluster.nodes[0].counters.served_through_bytes.value > 0
+
+
+def test_dead_node_is_passed_over(tmp_path: Path) -> None:
+    plain = content("x", 5000)
+    with MiniCluster(tmp_path, {"o": plain}, nodes=3, part_size=64, shard_size=512) as cluster:
+        fs = cluster.filesystem(node=0)
+        fs.ls("set")
+        cluster.stop_node(1)
+        assert fs.cat_file("set/o") == plain
+
+
+def test_all_nodes_dead_is_one_sentence(tmp_path: Path) -> None:
+    with MiniCluster(tmp_path, {"o": b"x" * 100}, nodes=2) as cluster:
+        fs = cluster.filesystem()
+        fs.ls("set")
+        cluster.stop_node(0)
+        cluster.stop_node(1)
+        with pytest.raises(NodeUnavailable, match="no cache node gave bytes of 'o', 2 were asked"):
+            fs.cat_file("set/o")
+
+
+def test_new_owner_fills_from_the_old_one(tmp_path: Path) -> None:
+    plain = content("x", 20_000)
+    with MiniCluster(tmp_path, {"o": plain}, nodes=3, part_size=64, shard_size=512) as cluster:
+        cluster.publish(absent=(2,))
+        assert cluster.filesystem().cat_file("set/o") == plain
+        cluster.publish()
+        before = cluster.origin.bytes_read
+        assert cluster.filesystem().cat_file("set/o") == plain
+        assert cluster.origin.bytes_read == before
+        assert cluster.nodes[2].store.used_bytes > 0
+        assert cluster.nodes[2].counters.peer_bytes.value == cluster.nodes[2].store.used_bytes
+
+
+def test_stale_client_reads_on_and_learns_the_new_map(tmp_path: Path) -> None:
+    plain = content("x", 20_000)
+    with MiniCluster(tmp_path, {"o": plain}, nodes=3, part_size=64, shard_size=512) as cluster:
+        cluster.publish(absent=(2,))
+        fs = cluster.filesystem()
+        assert fs.cat_file("set/o") == plain
+        cluster.publish()
+        assert fs.cat_file("set/o") == plain
+        assert fs.cluster.map.epoch == cluster.epoch
+        assert fs.cat_file("set/o") == plain
+        assert cluster.origin.bytes_read == len(plain)
+
+
+def test_origin_that_is_down_or_changed_is_named(tmp_path: Path) -> None:
+    with MiniCluster(tmp_path, {"o": b"x" * 100, "p": b"y" * 100}) as cluster:
+        fs = cluster.filesystem()
+        cluster.origin.is_down = True
+        with pytest.raises(OriginUnavailable):
+            fs.cat_file("set/o")
+        cluster.origin.is_down = False
+        assert fs.cat_file("set/o") == b"x" * 100
+        cluster.origin.versions["p"] = "2"
+        with pytest.raises(OriginChanged, match="dataset refresh"):
+            fs.cat_file("set/p")
