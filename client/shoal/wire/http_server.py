@@ -484,11 +484,11 @@ class ByteRange:
                 raise RangeNotSatisfiable(size_bytes)
             return cls(max(0, size_bytes - length), size_bytes, True)
         start = int(first)
-        end = int(last) + 1 if last else size_bytes
-        if end <= start:
+        if last and int(last) < start:
             return whole
         if start >= size_bytes:
             raise RangeNotSatisfiable(size_bytes)
+        end = int(last) + 1 if last else size_bytes
         return cls(start, min(end, size_bytes), True)
 
     def headers(self, size_bytes: int) -> dict[str, str]:

@@ -1,0 +1,48 @@
+# Everything runs from .venv, which each target makes by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow bench lint format proto clean
+
+demo: .venv/.demo  ## start a local cluster and a real S3 origin, run the main job, print what happened
+	$(BIN)/python -m benchmarks.demo
+
+test: lint  ## everything CI runs
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.test  ## what `make test` leaves out
+	$(BIN)/python -m pytest -m slow
+
+bench: .venv/.test  ## full-size benchmarks; results go to benchmarks/results/
+	$(BIN)/python -m benchmarks.placement
+	$(BIN)/python -m benchmarks.snapshot
+
+lint: .venv/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+proto: .venv/.test  ## make the gRPC stubs anew
+	$(BIN)/python -m grpc_tools.protoc -I client --python_out=client --pyi_out=client --grpc_python_out=client client/shoal/wire/shoal.proto
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: Shoal needs Python 3.11 or newer: run make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+
+.venv/.demo: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[demo]'
+	@touch $@
+
+.venv/.test: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[test]'
+	@touch $@ .venv/.demo
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
