@@ -225,7 +225,8 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         """As fsspec's, but only directories that match so far are looked into."""
         detail = kwargs.pop("detail", False)
         pattern = self._strip_protocol(path)
-        if maxdepth is not None or "**" in pattern or path.endswith("/") or not _MAGIC.search(pattern):
+        plain = not _MAGIC.search(pattern) or path.endswith("/") or "//" in pattern
+        if maxdepth is not None or "**" in pattern or plain:
             return super().glob(path, maxdepth=maxdepth, detail=detail, **kwargs)
         found = [""]
         *parents, last = pattern.split("/")
