@@ -102,13 +102,8 @@ class Fill:
         self._idle.clear()
         return True
 
-    def _landed(self, part: int) -> None:
-        self._in_flight.discard(part)
-        if not self._in_flight:
-            self._idle.set()
-
     def fetch(self, part: int) -> bool:
-        """In a thread: bring `part` in, and seal after the last one. Returns whether the shard was sealed."""
+        """In a thread: bring `part` in. Returns whether it was the last, so that the caller is to seal."""
         header = self.partial.header
         if header.checksums[part] is None:
             start, end = header.part_range(part)
@@ -117,27 +112,35 @@ class Fill:
                 self.partial.write_part(part, data)
             except OSError as error:
                 raise DiskFailed(f"{self.partial.key.hex()}: {error}") from error
-        if not self.partial.claim_seal():
-            return False
+        return self.partial.claim_seal()
+
+    def seal(self) -> None:
+        """In a thread: verify, make durable, publish."""
         try:
             self.partial.seal()
         except OSError as error:
             raise DiskFailed(f"{self.partial.key.hex()}: {error}") from error
-        return True
 
-    def arrived(self, part: int, *, is_sealed: bool) -> None:
-        """On the loop: `fetch` returned."""
-        self._landed(part)
+    def arrived(self, part: int) -> None:
+        """On the loop: `part` is in the file. Readers go on at once; they need not wait for the drive."""
         self._missing.discard(part)
         waiter = self._waiters.pop(part, None)
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
-        if is_sealed and not self.sealed.done():
+
+    def landed(self, part: int) -> None:
+        """On the loop: no thread works on `part` any more."""
+        self._in_flight.discard(part)
+        if not self._in_flight:
+            self._idle.set()
+
+    def finished(self) -> None:
+        """On the loop: the shard is sealed."""
+        if not self.sealed.done():
             self.sealed.set_result(None)
 
-    def failed(self, part: int, error: BaseException) -> None:
-        """On the loop: `part` failed for good, and with it the fill; parts in flight are let run out."""
-        self._landed(part)
+    def failed(self, error: BaseException) -> None:
+        """On the loop: a part failed for good, and with it the fill; parts in flight are let run out."""
         if self.sealed.done():
             return
         self.sealed.set_exception(error)
@@ -187,17 +190,22 @@ class Scheduler:
                 continue
             self.in_flight += 1
             try:
-                is_sealed = await loop.run_in_executor(self._threads, fill.fetch, part)
+                if await loop.run_in_executor(self._threads, fill.fetch, part):
+                    fill.arrived(part)
+                    await loop.run_in_executor(self._threads, fill.seal)
+                    fill.finished()
+                else:
+                    fill.arrived(part)
             except asyncio.CancelledError:
                 raise
             except (ShoalError, DiskFailed) as error:
-                fill.failed(part, error)
+                fill.failed(error)
             except Exception as error:
+                # One shard's surprise must not end the fetcher for all.
                 log.exception("fill of %s failed", fill.key.hex())
-                fill.failed(part, ShoalError(f"internal error while filling: {error!r}"))
-            else:
-                fill.arrived(part, is_sealed=is_sealed)
+                fill.failed(ShoalError(f"internal error while filling: {error!r}"))
             finally:
+                fill.landed(part)
                 self.in_flight -= 1
 
 

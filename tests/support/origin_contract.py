@@ -6,10 +6,10 @@ The expectations are those of `shoal.origin.Origin`, line by line; a new reader 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 import pytest
+
 from shoal.errors import InvalidRequest, OriginChanged, OriginNotFound
 from shoal.origin import ObjectInfo, Origin, key_path, open_origin
 
@@ -201,10 +201,6 @@ class OriginContract:
         with pytest.raises(OriginNotFound, match="nowhere") as caught:
             rows(self.open(place, "nowhere"))
         assert isinstance(caught.value, FileNotFoundError)
-
-    def test_a_pathless_neighbour_is_no_object(self, place: Place) -> None:
-        place.write("dir/x", b"1")
-        assert all(PurePosixPath(path).parts for path in rows(self.open(place)))
 
     def test_many_threads_read_at_once(self, place: Place) -> None:
         data = content(60_000)

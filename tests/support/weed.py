@@ -47,13 +47,21 @@ class Weed:
     Attributes:
         endpoint_url: ``http://127.0.0.1:{port}`` of its S3 gateway.
         access_key, secret_key: of the one identity, fresh each time.
+        directory: of its files, which goes with it.
+        pid: of the shell that guards it; it ends last.
     """
 
     def __init__(self) -> None:
         self.access_key = "shoal" + secrets.token_hex(6)
         self.secret_key = secrets.token_hex(20)
         self.endpoint_url = ""
+        self.directory = Path()
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "it does not run"
+        return self._process.pid
 
     @property
     def storage_options(self) -> dict[str, Any]:
@@ -69,7 +77,7 @@ class Weed:
         self.filesystem().call_s3("create_bucket", Bucket=name)
 
     def __enter__(self) -> Weed:
-        directory = Path(tempfile.mkdtemp(prefix="shoal-weed-"))
+        directory = self.directory = Path(tempfile.mkdtemp(prefix="shoal-weed-"))
         ports = _free_ports(2 * len(_PORTS))
         self.endpoint_url = f"http://127.0.0.1:{ports[2 * _PORTS.index('s3')]}"
         identity = {

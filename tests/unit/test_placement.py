@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import xxhash
-from benchmarks import placement as bench
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import placement as bench
 from shoal import placement, rendezvous, shards
 from shoal.cluster_map import ClusterMap, Node, NodeState
 from shoal.errors import ClusterUnavailable

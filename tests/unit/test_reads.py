@@ -15,7 +15,18 @@ from tests.support.minicluster import MiniCluster
 
 PART, SHARD = 16, 64
 SIZES = (0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200)
-NAMES = ("plain", "a b", "ünïcødé/日本", "per%20cent", "hash#1", "q?x=1", "plus+", "deep/" * 30 + "x", "back\\slash", "tab\tx")
+NAMES = (
+    "plain",
+    "a b",
+    "ünïcødé/日本",
+    "per%20cent",
+    "hash#1",
+    "q?x=1",
+    "plus+",
+    "deep/" * 30 + "x",
+    "back\\slash",
+    "tab\tx",
+)
 
 
 def content(name: str, size_bytes: int) -> bytes:
@@ -46,7 +57,7 @@ def test_whole_objects(cluster: MiniCluster, path: str, local: bool) -> None:
 @given(data=st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_range_over_any_cached_parts(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """A cold cluster, some parts brought in by earlier reads, then a read of any range: always the plain file's bytes."""
+    """Some parts there from a killed fill, some from earlier reads, then any range: always the plain file's bytes."""
     size_bytes = data.draw(st.sampled_from(SIZES))
     plain = content("s", size_bytes)
     bound = st.integers(0, size_bytes + 5)

@@ -1,0 +1,5 @@
+"""The ``shoal`` command."""
+
+from shoal.cli.root import main
+
+__all__ = ["main"]

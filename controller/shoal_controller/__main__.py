@@ -1,0 +1,133 @@
+"""`shoal-controller`: the controller as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shoal.errors import ShoalError
+from shoal_controller.catalog import AdhocPolicy
+from shoal_controller.model import Policy
+from shoal_controller.origins import list_origin
+from shoal_controller.server import Address, Config, Server
+
+log = logging.getLogger("shoal_controller")
+
+EXAMPLES = """\b
+Examples:
+  shoal-controller --data-dir /var/lib/shoal/controller
+  shoal-controller --data-dir ./c --grpc-listen 127.0.0.1:0 --http-listen 127.0.0.1:0
+  shoal-controller --allow-adhoc s3://team-data --adhoc-storage-options '{"key": "env:KEY", "secret": "env:SECRET"}'
+Every flag is also an environment variable: SHOAL_CONTROLLER_DATA_DIR, SHOAL_CONTROLLER_GRPC_LISTEN, …
+"""
+
+
+@click.command(epilog=EXAMPLES, context_settings={"auto_envvar_prefix": "SHOAL_CONTROLLER", "show_default": True})
+@click.option(
+    "--data-dir", type=Path, default=Path("/var/lib/shoal/controller"), help="Where datasets and snapshots are kept."
+)
+@click.option(
+    "--grpc-listen", default="0.0.0.0:7440", metavar="HOST:PORT", help="For nodes and tools; port 0: any free one."
+)
+@click.option(
+    "--http-listen", default="0.0.0.0:7441", metavar="HOST:PORT", help="For clients and metrics; port 0: any free one."
+)
+@click.option(
+    "--advertise", metavar="HOST", help="Name under which others reach it.  [default: the host name or listening host]"
+)
+@click.option(
+    "--allow-adhoc",
+    multiple=True,
+    metavar="URL",
+    help="Origin prefix of which a read of shoal::URL may make a dataset. May be given several times.",
+)
+@click.option(
+    "--adhoc-storage-options",
+    default="{}",
+    metavar="JSON",
+    help="Storage options of such datasets; env:NAME and file:PATH refer to secrets.",
+)
+@click.option(
+    "--lease", default=5.0, type=click.FloatRange(0.1), metavar="SECONDS", help="A node silent for so long is down."
+)
+@click.option(
+    "--forget-after",
+    default=600.0,
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="A node down for so long leaves the cluster map.",
+)
+@click.option(
+    "--planning-timeout",
+    default=60.0,
+    type=click.FloatRange(1),
+    metavar="SECONDS",
+    help="What nodes get to say whether a prefetch fits.",
+)
+@click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
+@click.version_option(package_name="shoal")
+def main(
+    data_dir: Path,
+    grpc_listen: str,
+    http_listen: str,
+    advertise: str | None,
+    allow_adhoc: tuple[str, ...],
+    adhoc_storage_options: str,
+    lease: float,
+    forget_after: float,
+    planning_timeout: float,
+    log_level: str,
+) -> None:
+    """Own the cluster's datasets, map and prefetch jobs. Reads go on while it is away."""
+    logging.basicConfig(
+        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        grpc_address = Address.parse(grpc_listen)
+        config = Config(
+            data_dir=data_dir.absolute(),
+            grpc=grpc_address,
+            http=Address.parse(http_listen),
+            advertise=advertise or grpc_address.advertised(),
+            policy=Policy(lease_s=lease, forget_after_s=forget_after, planning_s=planning_timeout),
+            adhoc=AdhocPolicy.parse(allow_adhoc, adhoc_storage_options),
+        )
+        _run(_serve(config))
+    except ShoalError as error:
+        click.echo(f"error: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        import uvloop
+    except ImportError:  # pragma: no cover - the extra installs it
+        asyncio.run(work)
+    else:
+        uvloop.run(work)
+
+
+async def _serve(config: Config) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    server = await Server.start(config, list_origin)
+    try:
+        log.info("serving %s", config.data_dir)
+        print("ready", json.dumps({"grpc": server.grpc_address, "http": server.http_address}), flush=True)
+        await server.serve(stop)
+        log.info("stopping")
+    finally:
+        await server.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The server and the proxy that other tests lean on."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.support.proxy import CountingProxy
+from tests.support.weed import Weed
+
+_STARTS_ONE = """
+import sys
+from tests.support.weed import Weed
+with Weed() as weed:
+    print(weed.endpoint_url, weed.directory, weed.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_bucket_takes_and_gives(s3: Weed) -> None:
+    s3.create_bucket("support")
+    filesystem = s3.filesystem()
+    filesystem.pipe_file("support/a b/ü", b"123")
+    assert filesystem.cat_file("support/a b/ü") == b"123"
+
+
+def test_nothing_is_left_of_a_server_whose_owner_was_killed() -> None:
+    root = Path(__file__).parents[2]
+    owner = subprocess.Popen(
+        [sys.executable, "-c", _STARTS_ONE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+    )
+    assert owner.stdin is not None
+    assert owner.stdout is not None
+    url, directory, guard = owner.stdout.readline().split()
+    with urllib.request.urlopen(f"{url}/healthz", timeout=10) as answer:
+        assert answer.status == 200
+    ended = os.pidfd_open(int(guard))
+    try:
+        owner.kill()
+        owner.communicate()
+        assert select.select([ended], [], [], 60)[0], "the guard ends by itself"
+    finally:
+        os.close(ended)
+    assert not Path(directory).exists()
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"{url}/healthz", timeout=10)
+
+
+def test_the_proxy_counts_and_resets(s3: Weed, counting_s3: CountingProxy) -> None:
+    with urllib.request.urlopen(f"{counting_s3.endpoint_url}/healthz", timeout=10) as answer:
+        answer.read()
+    assert counting_s3.connections == 1
+    assert counting_s3.bytes_from_origin > 0
+    assert counting_s3.bytes_to_origin > 0
+    counting_s3.reset()
+    assert (counting_s3.connections, counting_s3.bytes_from_origin, counting_s3.bytes_to_origin) == (0, 0, 0)
+
+
+def test_the_proxy_of_a_dead_server_closes_connections() -> None:
+    with CountingProxy("http://127.0.0.1:1") as proxy, pytest.raises(OSError, match=r"closed|reset|refused"):
+        urllib.request.urlopen(proxy.endpoint_url, timeout=10)

@@ -1,0 +1,24 @@
+"""Fixtures that several folders share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.proxy import CountingProxy
+from tests.support.weed import Weed
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Weed]:
+    """A real S3 server for the whole run. Make a bucket, or at least a prefix, of your own in it."""
+    with Weed() as weed:
+        yield weed
+
+
+@pytest.fixture
+def counting_s3(s3: Weed) -> Iterator[CountingProxy]:
+    """The same server behind a proxy that counts; use its `endpoint_url` with the server's credentials."""
+    with CountingProxy(s3.endpoint_url) as proxy:
+        yield proxy

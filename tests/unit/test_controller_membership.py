@@ -1,0 +1,208 @@
+"""Registrations, leases and epochs: what happens to nodes, told as events."""
+
+from __future__ import annotations
+
+from shoal.cluster_map import ClusterMap, Node, NodeState
+from shoal_controller import status
+from shoal_controller.events import PublishOrders, SaveMap, TimePassed
+from tests.support.controller import POLICY, Cluster, node, refusals
+
+
+def test_a_node_that_registers_makes_an_epoch_and_again_none() -> None:
+    cluster = Cluster()
+    cluster.register(node("b"), node("a"))
+    assert cluster.state.map == ClusterMap(2, (node("a"), node("b")))
+    cluster.register(node("a"))
+    assert cluster.epoch == 2
+
+
+def test_a_new_epoch_is_recorded_before_it_is_told() -> None:
+    cluster = Cluster()
+    actions = cluster.report(node("a"))
+    assert actions == ()
+    cluster.register(node("a"))
+    actions = cluster.report(Node("a", "a:7450", 1, {}))
+    assert actions == (SaveMap(cluster.state.map), PublishOrders())
+
+
+def test_a_heartbeat_of_an_unknown_node_registers_nobody() -> None:
+    cluster = Cluster()
+    assert cluster.report(node("a")) == ()
+    assert cluster.state.members == {}
+
+
+def test_a_silent_node_is_down_after_its_lease_and_up_when_it_is_heard() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"), node("b"))
+    cluster.run(POLICY.lease_s - 1, reporting=["a"])
+    assert cluster.node_states() == {"a": "up", "b": "up"}
+    cluster.run(1, reporting=["a"])
+    assert cluster.node_states() == {"a": "up", "b": "down"}
+    assert cluster.epoch == 3
+    assert cluster.warnings == ["node b (b:7450) did not report for 5 s: it is down"]
+    assert "node b (b:7450) is down: its shards are fetched again by the others as they are read" in status.warnings(
+        cluster.state
+    )
+    cluster.report(node("b"))
+    assert cluster.node_states() == {"a": "up", "b": "up"}
+    assert cluster.epoch == 4
+
+
+def test_heartbeats_keep_the_epoch() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"))
+    cluster.run(60, reporting=["a"])
+    assert cluster.epoch == 1
+
+
+def test_a_node_that_leaves_is_down_at_once() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"))
+    cluster.report(node("a"), is_leaving=True)
+    assert cluster.node_states() == {"a": "down"}
+    assert cluster.epoch == 2
+    cluster.report(node("a"), is_leaving=True)
+    assert cluster.epoch == 2
+
+
+def test_a_node_that_was_down_for_long_is_forgotten() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"), node("b"))
+    cluster.run(POLICY.lease_s + POLICY.forget_after_s - 1, reporting=["a"])
+    assert cluster.node_states() == {"a": "up", "b": "down"}
+    cluster.run(1, reporting=["a"])
+    assert cluster.node_states() == {"a": "up"}
+    assert cluster.epoch == 4
+    assert cluster.warnings[-1] == "node b was down for 600 s: it leaves the cluster map"
+
+
+def test_a_changed_address_weight_or_topology_makes_an_epoch() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"))
+    for epoch, changed in enumerate(
+        [
+            Node("a", "a:7450", 5, {"host": "a"}),
+            Node("a", "a:7450", 5, {"host": "a", "rack": "r"}),
+            Node("a", "a:9", 5, {"host": "a", "rack": "r"}),
+        ],
+        start=2,
+    ):
+        cluster.report(changed)
+        assert cluster.epoch == epoch
+        assert cluster.state.map.nodes == (changed,)
+
+
+def test_a_draining_node_owns_nothing_and_goes_down_like_any_other() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"), node("b"))
+    draining = node("b", state=NodeState.DRAINING)
+    cluster.report(draining)
+    assert cluster.state.map.owners() == (node("a"),)
+    cluster.run(POLICY.lease_s, reporting=["a"])
+    assert cluster.node_states() == {"a": "up", "b": "down"}
+
+
+def test_a_restart_moves_nothing_while_nodes_report_within_a_lease() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"), node("b"))
+    before = cluster.state.map
+    cluster.sleep(3600)
+    cluster.restart()
+    assert cluster.state.map == before
+    cluster.run(POLICY.lease_s - 1)
+    cluster.register(node("a"))
+    cluster.report(node("b"))
+    cluster.run(60, reporting=["a", "b"])
+    assert cluster.state.map == before
+
+
+def test_after_a_restart_the_silent_go_down_and_the_forgotten_are_forgotten() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"), node("b"))
+    cluster.report(node("b"), is_leaving=True)
+    cluster.restart()
+    cluster.run(POLICY.lease_s)
+    assert cluster.node_states() == {"a": "down", "b": "down"}
+    assert cluster.epoch == 4
+    cluster.run(POLICY.forget_after_s)
+    assert cluster.state.map.nodes == ()
+
+
+def test_a_greater_epoch_that_a_node_reports_is_jumped_past() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"))
+    cluster.report(node("a"), epoch=57)
+    assert cluster.epoch == 58
+    cluster.report(node("a"), epoch=58)
+    assert cluster.epoch == 58
+    cluster.report(node("stranger"), epoch=100)
+    assert cluster.epoch == 101
+    cluster.restart()
+    assert cluster.epoch == 101
+
+
+def test_of_two_processes_with_one_id_the_newer_has_it_and_epochs_stay() -> None:
+    cluster = Cluster()
+    older, newer = node("a", port=1), node("a", port=2)
+    cluster.register(older)
+    cluster.report(older)
+    cluster.register(newer)
+    assert cluster.state.map == ClusterMap(2, (newer,))
+    assert "a:2; it was at a:1" in cluster.warnings[0]
+    sentence = (
+        "node id a is claimed by two processes, at a:2 and at a:1: stop one of them, and give it a data directory of "
+        "its own"
+    )
+    for _ in range(30):
+        cluster.run(1)
+        assert refusals(cluster.report(newer)) == []
+        assert refusals(cluster.report(older)) == [sentence]
+    assert cluster.epoch == 2
+    assert cluster.warnings[1:] == [sentence]
+    assert sentence in status.warnings(cluster.state)
+    # The older one is stopped: the warning ends.
+    cluster.run(POLICY.lease_s + 1, reporting=["a"])
+    assert sentence not in status.warnings(cluster.state)
+
+
+def test_the_older_process_gets_the_id_back_when_the_newer_is_gone() -> None:
+    cluster = Cluster()
+    older, newer = node("a", port=1), node("a", port=2)
+    cluster.register(older)
+    cluster.register(newer)
+    cluster.report(newer, is_leaving=True)
+    assert refusals(cluster.report(older)) == []
+    assert cluster.state.map.nodes == (older,)
+
+
+def test_a_node_that_moved_there_and_back_is_welcome_after_a_lease() -> None:
+    cluster = Cluster()
+    there, back = node("a", port=1), node("a", port=2)
+    cluster.register(there)
+    cluster.register(back)
+    cluster.run(POLICY.lease_s, reporting=["a"])
+    assert refusals(cluster.report(there)) == []
+    assert cluster.state.map.nodes == (there,)
+
+
+def test_a_controller_that_was_stopped_blames_nobody() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"), node("b"))
+    cluster.report(node("b"), is_leaving=True)
+    cluster.run(2, reporting=["a"])
+    cluster.sleep(120)
+    cluster.handle(TimePassed())
+    assert cluster.node_states() == {"a": "up", "b": "down"}
+    cluster.run(POLICY.lease_s)
+    assert cluster.node_states() == {"a": "down", "b": "down"}
+
+
+def test_warnings_name_what_is_wrong() -> None:
+    cluster = Cluster()
+    assert status.warnings(cluster.state) == [
+        "no cache node is up: reads fail until one is; start it with 'shoal-cachenode'"
+    ]
+    cluster.register(node("a"))
+    assert status.warnings(cluster.state) == []
+    cluster.report(node("a"), condition="the disk is full")
+    assert status.warnings(cluster.state) == ["node a (a:7450) passes reads through: the disk is full"]
