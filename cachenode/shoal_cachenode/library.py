@@ -142,8 +142,11 @@ class Library:
                 return known.record
         raise DatasetNotFound(f"this node knows no dataset named {name!r}")
 
-    async def snapshot_path(self, digest: str) -> Path:
+    async def snapshot_path(self, digest: str, knowledge: Knowledge | None = None) -> Path:
         """The verified file of a snapshot; fetched from the controller or a peer where it is not here.
+
+        Args:
+            knowledge: who to ask, where it is newer than what was applied.
 
         Raises:
             SnapshotNotFound: nobody has it.
@@ -151,10 +154,11 @@ class Library:
         path = self._snapshots_directory / f"{datasets.check_digest(digest)}.arrow"
         if path.exists():
             return path
-        self.knowledge.dataset_of(digest)
+        knowledge = knowledge or self.knowledge
+        knowledge.dataset_of(digest)
         task = self._fetching.get(digest)
         if task is None:
-            task = self._fetching[digest] = asyncio.create_task(asyncio.to_thread(self._fetch, digest, path))
+            task = self._fetching[digest] = asyncio.create_task(asyncio.to_thread(self._fetch, digest, path, knowledge))
             task.add_done_callback(lambda _: self._fetching.pop(digest))
         return await asyncio.shield(task)
 
@@ -167,8 +171,7 @@ class Library:
         opened = await asyncio.to_thread(Snapshot.open, path)
         return self._snapshots.setdefault(digest, opened)
 
-    def _fetch(self, digest: str, path: Path) -> Path:
-        knowledge = self.knowledge
+    def _fetch(self, digest: str, path: Path, knowledge: Knowledge) -> Path:
         peers = [n.address for n in knowledge.cluster_map.nodes if n.state is not NodeState.DOWN]
         for address in filter(None, [knowledge.controller_http, *peers]):
             try:
@@ -209,7 +212,7 @@ class Library:
             cached = self._origins.get(name)
             if cached is not None and cached[0] == known.storage_options and cached[1].url == known.record.origin:
                 return cached[1]
-        opened = origin.open_origin(known.record.origin, origin.resolve_options(known.storage_options))
+        opened = origin.open_origin(known.record.origin, known.storage_options)
         with self._origins_lock:
             self._origins[name] = known.storage_options, opened
         return opened

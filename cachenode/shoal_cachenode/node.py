@@ -99,6 +99,12 @@ class CacheNode:
         before = self.library.knowledge
         if knowledge == before:
             return
+        for digest in knowledge.newest() - before.newest():
+            # Before the dataset is told of: who sees it here can then read it here, whatever becomes of the controller.
+            try:
+                await self.library.snapshot_path(digest, knowledge)
+            except ShoalError as error:
+                log.warning("snapshot %s is not to be had yet: %s", digest, error)
         await asyncio.to_thread(self.library.apply, knowledge)
         served = knowledge.snapshots()
         self.inventory.forget(served)

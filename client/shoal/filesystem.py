@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 from fsspec.implementations.chained import ChainedFileSystem
@@ -38,12 +39,14 @@ class Pinned:
 
     Attributes:
         root: how paths of the dataset begin, without a slash at the end.
+        since: when it was pinned.
     """
 
     def __init__(self, root: str, record: DatasetRecord, snapshot: Snapshot) -> None:
         self.root = root
         self.record = record
         self.snapshot = snapshot
+        self.since = datetime.now(UTC)
 
 
 class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no type information
@@ -211,10 +214,8 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         """All objects below `path`; see fsspec."""
         if maxdepth is not None or withdirs or self._is_root(path):
             return super().find(path, maxdepth=maxdepth, withdirs=withdirs, detail=detail, **kwargs)
-        try:
-            pinned, inside = self._locate(path)
-        except FileNotFoundError:
-            return {} if detail else []
+        # A dataset that is not there raises: an empty answer would leave a trainer without data and without a word.
+        pinned, inside = self._locate(path)
         row = pinned.snapshot.find(inside)
         rows: Iterable[int] = pinned.snapshot.rows_under(f"{inside}/" if inside else "") if row is None else [row]
         if detail:
@@ -309,10 +310,15 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         jobs = list(zip(paths, first, last, strict=True))
         return run_parallel(read, jobs)
 
-    def created(self, path: str) -> NoReturn:
-        raise NotImplementedError("origins tell a version, not a date: see info(path)['version']")
+    def modified(self, path: str) -> datetime:
+        """The latest time at which the object may have changed for this file system: when it pinned the snapshot.
 
-    modified = created
+        Origins tell a version (``info(path)["version"]``), and not all of them a date.
+        """
+        pinned, _ = self._row(path)
+        return pinned.since
+
+    created = modified
 
     # Refusing
 

@@ -18,7 +18,8 @@ MAX_SNAPSHOTS = 8
 MAX_REPLICAS = 16
 #: Finished prefetch jobs that are remembered.
 MAX_FINISHED_JOBS = 50
-OK = "ok"
+#: What a node says of itself; anything else is a reason why it passes reads through.
+OK, FULL = "ok", "full"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from shoal.cluster_map import NodeState
 from shoal_controller import membership
-from shoal_controller.model import OK, Dataset, State
+from shoal_controller.model import FULL, OK, Dataset, State
 
 
 def cached_bytes(dataset: Dataset, state: State) -> int:
@@ -42,8 +42,10 @@ def _nodes(state: State) -> Iterator[str]:
         where = f"node {node_id} ({member.node.address})"
         if member.node.state is NodeState.DOWN:
             yield f"{where} is down: its shards are fetched again by the others as they are read"
-        elif member.report is not None and member.report.condition not in (OK, ""):
-            yield f"{where} passes reads through: {member.report.condition}"
+        elif member.report is not None and member.report.condition == FULL:
+            yield f"{where} is full: it keeps what it has and passes the rest through; add space, or remove datasets"
+        elif member.report is not None and member.report.condition != OK:
+            yield f"{where} reports: {member.report.condition}"
         if contest := membership.contest(member):
             yield contest
 

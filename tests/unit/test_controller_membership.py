@@ -204,5 +204,5 @@ def test_warnings_name_what_is_wrong() -> None:
     ]
     cluster.register(node("a"))
     assert status.warnings(cluster.state) == []
-    cluster.report(node("a"), condition="the disk is full")
-    assert status.warnings(cluster.state) == ["node a (a:7450) passes reads through: the disk is full"]
+    cluster.report(node("a"), condition="the disk is slow")
+    assert status.warnings(cluster.state) == ["node a (a:7450) reports: the disk is slow"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shoal.errors import InvalidRequest, OriginChanged, OriginDenied, OriginError, OriginNotFound
-from shoal.origin import local, open_origin
+from shoal.origin import base, local, open_origin
 from tests.support.origin_contract import OriginContract, Place, rows
 
 
@@ -51,7 +51,7 @@ class TestPlainPath(OriginContract):
 
 
 def test_batches_are_bounded(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local.base, "PAGE_ROWS", 4)
+    monkeypatch.setattr(base, "PAGE_ROWS", 4)
     for i in range(10):
         place.write(f"{i % 3}/{i}", b"")
     assert [len(batch) for batch in open_origin(place.url, {}).list()] == [4, 4, 2]

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 from fsspec.core import has_magic
@@ -128,10 +128,16 @@ def cat(paths: tuple[str, ...], endpoint: str | None) -> None:
     """Write objects to stdout, one after the other."""
     wanted = [path_of(path) for path in paths]
     fs = filesystem(endpoint)
-    out = click.get_binary_stream("stdout")
+    out = sys.stdout.buffer
     for path in wanted:
-        _copy(fs, path, out.write)
+        _copy(fs, path, lambda piece: write_all(out, piece))
     out.flush()
+
+
+def write_all(out: BinaryIO, piece: memoryview) -> None:
+    """Write all of `piece`. With PYTHONUNBUFFERED set, stdout is a bare descriptor and may take only a part."""
+    while piece:
+        piece = piece[out.write(piece) :]
 
 
 def _copy(fs: Any, path: str, write: Callable[[memoryview], object]) -> None:

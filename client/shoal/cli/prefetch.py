@@ -175,7 +175,7 @@ class _Bar:
     def show(self, job: records.Json) -> None:
         if self._bar is None:
             # What was there before is not counted in the rate.
-            self._bar = tqdm[Any](
+            bar: tqdm[Any] = tqdm(
                 desc=records.job_target(job),
                 initial=job["bytes_done"],
                 total=job["bytes_total"],
@@ -184,6 +184,7 @@ class _Bar:
                 unit_divisor=1024,
                 disable=not sys.stderr.isatty(),
             )
+            self._bar = bar
         self._bar.total = job["bytes_total"]
         self._bar.set_postfix_str(job["reason"], refresh=False)
         self._bar.update(job["bytes_done"] - self._bar.n)

@@ -195,7 +195,7 @@ class DevCluster:
         )
         late = retrying(lambda: [server for server in asked if not self._knows(server, wanted)])
         if late:
-            raise ShoalError(f"the {late[0].name} does not know all nodes: see {late[0].log_path}")
+            raise ShoalError(f"{late[0].name} does not know all nodes: see {late[0].log_path}")
 
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Stop all processes in good order, nodes first; kill those that still run after `grace_s`."""

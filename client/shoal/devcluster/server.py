@@ -123,7 +123,7 @@ class ServerProcess:
             return self._ready.result(self._ready_timeout_s)
         except TimeoutError:
             raise ShoalError(
-                f"the {self.name} was not ready within {self._ready_timeout_s:.0f} s: see {self.log_path}"
+                f"{self.name} was not ready within {self._ready_timeout_s:.0f} s: see {self.log_path}"
             ) from None
 
     def terminate(self) -> None:
@@ -184,10 +184,10 @@ class ServerProcess:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if not ready.done():
             reason = last_words(self._log_since(log_start)) or f"{how}, see {self.log_path}"
-            ready.set_exception(ShoalError(f"the {self.name} did not start: {reason}"))
+            ready.set_exception(ShoalError(f"{self.name} did not start: {reason}"))
         elif not self._is_ending:
             said = last_words(self._log_since(log_start)) if code > 0 else ""
-            self._on_death(Death(self.name, f"the {self.name} ended ({how}){': ' if said else ''}{said}"))
+            self._on_death(Death(self.name, f"{self.name} ended ({how}){': ' if said else ''}{said}"))
 
     def _log_since(self, start: int) -> str:
         with self.log_path.open("rb") as log:
