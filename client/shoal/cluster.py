@@ -22,7 +22,7 @@ from urllib.parse import quote, urlencode
 
 from shoal.cluster_map import ClusterMap, NodeState
 from shoal.datasets import DatasetRecord
-from shoal.errors import ClusterUnavailable, InvalidRequest, ShardCorrupt, Unavailable
+from shoal.errors import ClusterUnavailable, InvalidRequest, NotFound, ShardCorrupt, Unavailable
 from shoal.local import LocalNode
 from shoal.placement import Placement
 from shoal.snapshot import Snapshot
@@ -71,6 +71,7 @@ class Cluster:
         self._snapshots: dict[str, Snapshot] = {}
         self._placements: OrderedDict[tuple[str, int, int], Placement] = OrderedDict()
         self._reset_lock()
+        self.document: dict[str, Any] = {}
         self.document = self._fetch_document()
 
     def _reset_lock(self) -> None:
@@ -130,12 +131,24 @@ class Cluster:
             except Unavailable as error:
                 failure = failure or error
                 continue
+            except NotFound as error:
+                answer = self._second_opinion(address, target, error)
             self.note_epoch(answer.epoch)
             return answer
         raise ClusterUnavailable(
             f"no Shoal cluster answers at {self._endpoint or 'the local socket'}: {failure}; check SHOAL_ENDPOINT (or "
             "storage_options 'endpoint') and that the cluster runs"
         ) from failure
+
+    def _second_opinion(self, address: str, target: str, error: NotFound) -> Answer:
+        """The controller's answer: a node that says "not found" may not have heard yet. Raises `error` or its own."""
+        controller = self.document.get("controller_http", "")
+        if controller in ("", address):
+            raise error
+        try:
+            return self.transport.get(controller, target)
+        except Unavailable:
+            raise error from None
 
     def datasets(self) -> list[DatasetRecord]:
         """All registered datasets."""

@@ -6,11 +6,13 @@ The rule: an answer tells what is in the record.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
 from shoal import datasets, shards
+from shoal.cluster_map import NodeState
 from shoal.errors import DoesNotFit, InvalidRequest, NotFound, ShoalError, SnapshotNotFound
 from shoal.snapshot import Snapshot
 from shoal.version import VERSION
@@ -21,6 +23,12 @@ from shoal_controller.catalog import Catalog, Definition
 from shoal_controller.events import PrefetchCancelled, PrefetchRequested
 from shoal_controller.model import Dataset, Job, JobState
 from shoal_controller.shell import Shell
+
+log = logging.getLogger(__name__)
+
+#: How long a new snapshot may take to reach all nodes before the answer goes out without them.
+SERVED_TIMEOUT_S = 5.0
+SERVED_POLL_S = 0.02
 
 
 class Control(ControlServicer):
@@ -38,7 +46,9 @@ class Control(ControlServicer):
             replicas=request.replicas or 1,
             storage_options=request.storage_options or "{}",
         )
-        return self._dataset(await self._catalog.add(wanted))
+        dataset = await self._catalog.add(wanted)
+        await self._until_nodes_serve(dataset)
+        return self._dataset(dataset)
 
     async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Any) -> pb.ListDatasetsResponse:
         known = self._shell.state.datasets
@@ -48,7 +58,9 @@ class Control(ControlServicer):
         return self._dataset(core.find(self._shell.state.datasets, request.name))
 
     async def RefreshDataset(self, request: pb.RefreshDatasetRequest, context: Any) -> pb.Dataset:
-        return self._dataset(await self._catalog.refresh(request.name))
+        dataset = await self._catalog.refresh(request.name)
+        await self._until_nodes_serve(dataset)
+        return self._dataset(dataset)
 
     async def RemoveDataset(self, request: pb.RemoveDatasetRequest, context: Any) -> pb.RemoveDatasetResponse:
         await self._catalog.remove(request.name)
@@ -92,6 +104,24 @@ class Control(ControlServicer):
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.Status:
         return messages.status_to_wire(self._shell.state, self._shell.now(), version=VERSION)
+
+    async def _until_nodes_serve(self, dataset: Dataset) -> None:
+        """Wait, not for ever, until every node that is up has the newest snapshot.
+
+        What one command registered the next one can then read, whichever node it asks. A node that takes longer is only
+        late: readers that know of the snapshot are answered as soon as it has come.
+        """
+        digest = dataset.newest.digest
+        try:
+            async with asyncio.timeout(SERVED_TIMEOUT_S):
+                while not all(
+                    member.report is not None and digest in member.report.cached_bytes
+                    for member in self._shell.state.members.values()
+                    if member.node.state is NodeState.UP
+                ):
+                    await asyncio.sleep(SERVED_POLL_S)
+        except TimeoutError:
+            log.warning("not every node has snapshot %s of dataset %s yet", digest, dataset.name)
 
     def _dataset(self, dataset: Dataset) -> pb.Dataset:
         return messages.dataset_to_wire(dataset, self._shell.state)
