@@ -364,7 +364,8 @@ def test_status_says_what_there_is_and_what_is_wrong(run: Callable[..., None], o
         assert 0 <= known.seconds_since_report < 60
         assert told.datasets[0].cached_bytes == 5000
         assert list(told.warnings) == [
-            "node n1 (n1:7450) is full: it keeps what it has and passes the rest through; add space, or remove datasets",
+            "node n1 (n1:7450) is full: it keeps what it has and passes the rest through; add space, or "
+            "remove datasets",
             "dataset d asks for 3 replicas, but 1 node is up: it has 1",
         ]
 
