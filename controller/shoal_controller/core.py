@@ -110,13 +110,17 @@ class Core:
     # Nodes
 
     def _heard(self, heard: membership.Heard, *, reported_epoch: int = 0) -> tuple[Action, ...]:
-        members = {**self.state.members, heard.member.node.id: heard.member}
+        node = heard.member.node
+        before = self.state.members.get(node.id)
+        members = {**self.state.members, node.id: heard.member}
+        changed: tuple[Action, ...] = ()
+        if before is not None and before.node == node and reported_epoch <= self.state.map.epoch:
+            # Nearly every heartbeat: nothing in the map is from it, so the map need not be compared node by node.
+            self.state = replace(self.state, members=members)
+        else:
+            changed = self._set_members(members, reported_epoch=reported_epoch)
         refusal = (RefuseNode(heard.refusal),) if heard.refusal else ()
-        return (
-            *map(LogWarning, heard.warnings),
-            *self._set_members(members, reported_epoch=reported_epoch),
-            *refusal,
-        )
+        return (*map(LogWarning, heard.warnings), *changed, *refusal)
 
     def _tick(self, now: Moment) -> tuple[Action, ...]:
         members = self.state.members

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
 from collections.abc import Callable
-from pathlib import Path
 
-import pytest
 import xxhash
 
 from shoal.cli.control import Control
 from shoal.devcluster import DevCluster
 from tests.cluster.conftest import S3Dataset, filesystem
 from tests.support.proxy import CountingProxy
+from tests.support.waiting import wait_for
 
 ODD_NAMES = (
     "a b",
@@ -40,8 +40,6 @@ def read_by_eight(endpoint: str, name: str) -> list[dict[str, str]]:
 
 
 def content(seed: int, size_bytes: int) -> bytes:
-    import random
-
     return random.Random(seed).randbytes(size_bytes)
 
 
@@ -120,53 +118,3 @@ def test_removing_a_dataset_frees_its_bytes(cluster: DevCluster, make_dataset: C
         before = sum(node.used_bytes for node in control.status().nodes)
         control.remove_dataset(dataset.name)
         wait_for(lambda: sum(node.used_bytes for node in control.status().nodes) == before - 500_000)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    import tenacity
-
-    for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.1), stop=tenacity.stop_after_delay(20), reraise=True):
-        with attempt:
-            assert condition()
-
-
-@pytest.fixture
-def directory_origin(tmp_path: Path) -> dict[str, bytes]:
-    objects = {f"{i}.bin": content(i, 400_000) for i in range(12)}
-    (tmp_path / "origin").mkdir()
-    for path, data in objects.items():
-        (tmp_path / "origin" / path).write_bytes(data)
-    return objects
-
-
-def add_directory(cluster: DevCluster, path: Path) -> None:
-    with Control(cluster.controller_grpc) as control:
-        control.add_dataset("set", f"file://{path}", shard_size=0, replicas=1, storage_options="{}")
-
-
-def test_killed_cluster_is_warm_when_it_is_back(tmp_path: Path, directory_origin: dict[str, bytes]) -> None:
-    with DevCluster(nodes=3, data_dir=tmp_path / "cluster", capacity="100MiB") as cluster:
-        add_directory(cluster, tmp_path / "origin")
-        fs = filesystem(cluster.endpoint)
-        assert {p: fs.cat(f"set/{p}") for p in directory_origin} == directory_origin
-        cluster.kill()
-        (tmp_path / "origin").rename(tmp_path / "gone")  # whatever is read from now on is not from the origin
-        cluster.start()
-        fs = filesystem(cluster.endpoint)
-        assert fs.ls("", detail=False) == ["set"]
-        assert {p: fs.cat(f"set/{p}") for p in directory_origin} == directory_origin
-
-
-def test_without_a_controller_a_new_client_lists_and_reads(tmp_path: Path, directory_origin: dict[str, bytes]) -> None:
-    with DevCluster(nodes=2, data_dir=tmp_path / "cluster", capacity="100MiB") as cluster:
-        add_directory(cluster, tmp_path / "origin")
-        wait_for(lambda: len(filesystem(cluster.node_endpoints[0]).ls("")) == 1)
-        cluster.controller.kill()
-        fs = filesystem(cluster.node_endpoints[0])
-        assert fs.find("set") == sorted(f"set/{p}" for p in directory_origin)
-        assert {p: fs.cat(f"set/{p}") for p in directory_origin} == directory_origin, "cold shards too"
-        for node in cluster.nodes:
-            node.kill()
-            node.start()
-        fs = filesystem(cluster.node_endpoints[1])
-        assert {p: fs.cat(f"set/{p}") for p in directory_origin} == directory_origin, "after a restart of the nodes too"

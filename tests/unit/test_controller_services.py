@@ -22,7 +22,7 @@ from shoal.transport import Transport
 from shoal.wire import grpc_errors
 from shoal.wire import shoal_pb2 as pb
 from shoal.wire.shoal_pb2_grpc import ControlStub, MembershipStub
-from shoal_controller import shell
+from shoal_controller import control, shell
 from shoal_controller.catalog import AdhocPolicy
 from shoal_controller.model import Policy
 from shoal_controller.origins import list_origin
@@ -32,6 +32,12 @@ from shoal_controller.server import Address, Config, Server
 DOCS = Path(__file__).parents[2] / "docs"
 LOOPBACK = Address("127.0.0.1", 0)
 GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def no_wait_for_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nodes here are scripted, and most never say that they have a snapshot."""
+    monkeypatch.setattr(control, "SERVED_TIMEOUT_S", 0.01)
 
 
 class FakeNode:
