@@ -120,8 +120,12 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         if pinned is None:
             record = self.cluster.dataset(parsed.dataset)
             digest = _choose_snapshot(record, parsed.snapshot)
-            pinned = self._pins.setdefault(parsed.root, Pinned(parsed.root, record, self.cluster.snapshot(digest)))
+            pinned = self.pin(parsed.root, record, self.cluster.snapshot(digest))
         return pinned, parsed.path
+
+    def pin(self, root: str, record: DatasetRecord, snapshot: Snapshot) -> Pinned:
+        """Let `root` mean `snapshot` for this file system, unless it means one already; return what it means."""
+        return self._pins.setdefault(root, Pinned(root, record, snapshot))
 
     def _locate_origin(self, path: str) -> tuple[Pinned, str]:
         for root, pinned in self._pins.items():
@@ -130,8 +134,7 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         url = str(urls.parse(path if "://" in path else f"{self._target_protocol}://{path}"))
         record, inside = self.cluster.resolve(url, self._target_endpoint())
         root = path[: len(path) - len(inside)].rstrip("/") if inside else path
-        pinned = self._pins.setdefault(root, Pinned(root, record, self.cluster.snapshot(record.snapshot)))
-        return pinned, inside
+        return self.pin(root, record, self.cluster.snapshot(record.snapshot)), inside
 
     def _target_endpoint(self) -> str:
         client = self._target_options.get("client_kwargs") or {}

@@ -579,7 +579,7 @@ def test_processes_share_the_mapped_bytes(tmp_path: Path) -> None:
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     bench.main(["--tiny", "--json", str(tmp_path / "result.json")])
     result = json.loads((tmp_path / "result.json").read_text())
-    assert set(result["contenders"]) == {"snapshot", "dict", "dict + directories"}
+    assert set(result["contenders"]) == {"snapshot", "shoal:// file system", "dict", "dict + directories"}
     assert result["answers"] == {"ls": 40, "info": 1, "exists_hit": 1, "exists_miss": 0, "glob": 6}
     sharing = result["sharing"]
     assert sharing["rss_sum_bytes"] == sharing["processes"] * sharing["pss_sum_bytes"]
