@@ -57,6 +57,8 @@ def test_pyarrow_ipc(url: str) -> None:
 
 
 def test_polars(url: str) -> None:
+    """By URL with `use_pyarrow`: Polars' own readers know a fixed set of protocols and ask nobody for others."""
+    assert pl.read_parquet(f"{url}/p/0.parquet", use_pyarrow=True)["n"].to_list() == list(range(2500))
     with fsspec.open(f"{url}/p/0.parquet") as file:
         assert pl.read_parquet(file).to_arrow()["n"].to_pylist() == list(range(2500))
     fs, path = fsspec.url_to_fs(f"{url}/p")
