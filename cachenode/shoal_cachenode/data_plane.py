@@ -19,7 +19,8 @@ from collections.abc import AsyncIterator
 
 from shoal.cluster_map import Node as MapNode
 from shoal.errors import NotCached, NotFound, Overloaded, ShoalError, SnapshotNotFound, Unavailable
-from shoal.wire.http_server import ByteRange, FileSlice, Request, Response
+from shoal.wire.byte_range import ByteRange
+from shoal.wire.http_server import FileSlice, Request, Response
 from shoal_cachenode.fill import DiskFailed, Fill, Urgency
 from shoal_cachenode.library import ShardSpec, find_shard
 from shoal_cachenode.node import CacheNode

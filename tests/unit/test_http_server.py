@@ -14,7 +14,8 @@ import pytest
 from shoal.errors import InvalidRequest, NodeUnavailable, NotCached, NotFound, OriginChanged, ShoalError
 from shoal.transport import Interrupted, Transport
 from shoal.wire import http_server
-from shoal.wire.http_server import ByteRange, FileSlice, HttpServer, RangeNotSatisfiable, Request, Response
+from shoal.wire.byte_range import ByteRange, RangeNotSatisfiable
+from shoal.wire.http_server import FileSlice, HttpServer, Request, Response
 
 PAYLOAD = bytes(range(256)) * 2000
 

@@ -24,13 +24,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Self
 from urllib.parse import parse_qsl, unquote
 
 import httptools
 
 from shoal.errors import InvalidRequest, ShoalError
 from shoal.wire import http_errors
+from shoal.wire.byte_range import RangeNotSatisfiable
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,8 @@ class HttpServer:
         try:
             return await self._handler(request)
         except RangeNotSatisfiable as error:
-            return error.response()
+            headers = {"Content-Range": f"bytes */{error.size_bytes}"}
+            return _error(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, InvalidRequest(str(error)), headers)
         except ShoalError as error:
             status = http_errors.status_of(error)
             headers = {"Retry-After": "1"} if status is HTTPStatus.SERVICE_UNAVAILABLE else {}
@@ -453,64 +454,3 @@ def _format_head(response: Response, length: int, epoch: int, *, keep_alive: boo
     if not keep_alive:
         lines.append("Connection: close")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-
-
-@dataclass(frozen=True, slots=True)
-class ByteRange:
-    """Bytes [start, end) of a resource; `is_partial` tells 206 from 200."""
-
-    start: int
-    end: int
-    is_partial: bool
-
-    @classmethod
-    def parse(cls, header: str | None, size_bytes: int) -> Self:
-        """Apply a Range header (RFC 9110, 14.2) to a resource of `size_bytes`.
-
-        What is no single byte range is ignored, as the RFC allows: the answer is then the whole resource.
-
-        Raises:
-            RangeNotSatisfiable: the range begins past the end.
-        """
-        whole = cls(0, size_bytes, False)
-        if header is None or not header.startswith("bytes="):
-            return whole
-        first, dash, last = header[6:].strip().partition("-")
-        if not dash or not (first + last).isascii() or not (first + last).isdigit():
-            return whole
-        if first == "":
-            length = int(last)
-            if length == 0 or size_bytes == 0:
-                raise RangeNotSatisfiable(size_bytes)
-            return cls(max(0, size_bytes - length), size_bytes, True)
-        start = int(first)
-        if last and int(last) < start:
-            return whole
-        if start >= size_bytes:
-            raise RangeNotSatisfiable(size_bytes)
-        end = int(last) + 1 if last else size_bytes
-        return cls(start, min(end, size_bytes), True)
-
-    def headers(self, size_bytes: int) -> dict[str, str]:
-        if not self.is_partial:
-            return {"Accept-Ranges": "bytes"}
-        return {"Accept-Ranges": "bytes", "Content-Range": f"bytes {self.start}-{self.end - 1}/{size_bytes}"}
-
-    @property
-    def status(self) -> int:
-        return 206 if self.is_partial else 200
-
-
-class RangeNotSatisfiable(InvalidRequest):
-    """The range begins past the end of the resource."""
-
-    def __init__(self, size_bytes: int) -> None:
-        super().__init__(f"the range begins past the end: there are {size_bytes} bytes")
-        self.size_bytes = size_bytes
-
-    def response(self) -> Response:
-        return _error(
-            HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
-            InvalidRequest(str(self)),
-            {"Content-Range": f"bytes */{self.size_bytes}"},
-        )

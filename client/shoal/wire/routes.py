@@ -15,7 +15,8 @@ from urllib.parse import unquote
 from shoal import datasets
 from shoal.datasets import DatasetRecord
 from shoal.errors import DatasetNotFound, InvalidRequest, NotFound
-from shoal.wire.http_server import ByteRange, FileSlice, Handler, Request, Response
+from shoal.wire.byte_range import ByteRange
+from shoal.wire.http_server import FileSlice, Handler, Request, Response
 
 JSON = "application/json"
 ARROW_FILE = "application/vnd.apache.arrow.file"
