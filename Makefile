@@ -2,16 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench lint format proto clean
+.PHONY: demo test bench lint format proto clean
 
 demo: .venv/.demo  ## start a local cluster and a real S3 origin, run the main job, print what happened
 	$(BIN)/python -m benchmarks.demo
 
 test: lint  ## everything CI runs
 	$(BIN)/python -m pytest
-
-test-slow: .venv/.test  ## what `make test` leaves out
-	$(BIN)/python -m pytest -m slow
 
 bench: .venv/.test  ## full-size benchmarks; results go to benchmarks/results/
 	$(BIN)/python -m benchmarks.placement
