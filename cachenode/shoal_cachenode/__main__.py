@@ -16,10 +16,9 @@ import click
 
 from shoal import sizes
 from shoal.errors import InvalidRequest, ShoalError, StoreUnusable
-from shoal.wire import routes
+from shoal.wire import batch, routes
 from shoal.wire.http_server import HttpServer
-from shoal_cachenode import metrics
-from shoal_cachenode.data_plane import DataPlane
+from shoal_cachenode import data_routes, metrics
 from shoal_cachenode.membership import Membership
 from shoal_cachenode.node import CacheNode, Config
 from shoal_cachenode.prefetch import Prefetches
@@ -47,6 +46,7 @@ Every flag is also an environment variable: SHOAL_CACHENODE_DATA_DIR, SHOAL_CACH
 @click.option("--capacity", metavar="SIZE", help="Bytes of cache to offer.  [default: 80% of the file system]")
 @click.option("--topology", default="", metavar="KEY=VALUE,…", help="zone, rack and host, for spreading replicas.")
 @click.option("--fetches", default=16, type=click.IntRange(1, 256), help="Part fetches at a time (8 MiB each).")
+@click.option("--congestion", default="cubic", metavar="NAME", help="TCP congestion control; '': the system's.")
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 @click.version_option(package_name="shoal")
 def main(
@@ -58,6 +58,7 @@ def main(
     capacity: str | None,
     topology: str,
     fetches: int,
+    congestion: str,
     log_level: str,
 ) -> None:
     """Serve a share of the cluster's cache from this machine's drive."""
@@ -70,7 +71,7 @@ def main(
         labels.setdefault("host", socket.gethostname())
         config = Config(data_dir.absolute(), _capacity(data_dir, capacity), labels, fetches)
         name = advertise or (host if host not in ("0.0.0.0", "::") else socket.gethostname())
-        _run(_serve(config, controller, host, port, name, socket_path.absolute()))
+        _run(_serve(config, controller, host, port, name, socket_path.absolute(), congestion))
     except ShoalError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(1) from None
@@ -85,7 +86,9 @@ def _run(coroutine: object) -> None:
         uvloop.run(coroutine)  # type: ignore[arg-type]
 
 
-async def _serve(config: Config, controller: str, host: str, port: int, name: str, socket_path: Path) -> None:
+async def _serve(
+    config: Config, controller: str, host: str, port: int, name: str, socket_path: Path, congestion: str
+) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -93,8 +96,12 @@ async def _serve(config: Config, controller: str, host: str, port: int, name: st
     prefetches = Prefetches(node)
     membership = Membership(node, prefetches, controller)
     view = NodeView(node, membership)
-    plane = DataPlane(node)
-    server = HttpServer(routes.make_handler(view, lambda: metrics.exposition(node, server), plane), epoch=view.epoch)
+    server = HttpServer(
+        routes.make_handler(view, lambda: metrics.exposition(node, server), data_routes.make_handler(node)),
+        epoch=view.epoch,
+        max_body=batch.MAX_REQUEST_BYTES,
+        congestion=congestion,
+    )
     try:
         port = await _listen(server, host, port)
         try:

@@ -14,23 +14,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncIterator
 
+from shoal import checksums, shard_client
 from shoal.cluster_map import Node as MapNode
-from shoal.errors import NotCached, NotFound, Overloaded, ShoalError, SnapshotNotFound, Unavailable
+from shoal.errors import NotCached, Overloaded, ShoalError, SnapshotNotFound, Unavailable
+from shoal.shards import Key
 from shoal.wire.byte_range import ByteRange
-from shoal.wire.http_server import FileSlice, Request, Response
+from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
 from shoal_cachenode.fill import DiskFailed, Fill, Urgency
+from shoal_cachenode.handover import Handover
 from shoal_cachenode.library import ShardSpec, find_shard
 from shoal_cachenode.node import CacheNode
-from shoal_cachenode.source import Buffer, Source
-from shoal_cachenode.store import AlreadySealed, SealedFile, StoreFull
+from shoal_cachenode.sealed_file import SealedFile
+from shoal_cachenode.shard_file import ShardHeader
+from shoal_cachenode.source import Source
+from shoal_cachenode.store import AlreadySealed, StoreFull
 
 log = logging.getLogger(__name__)
 
-#: Reads ahead of what a pass-through sends: enough to keep the source busy, and a bound on memory a request.
-THROUGH_AHEAD = 2
+#: Bytes that a pass-through reads ahead of what it sends: enough to keep the source busy, and a bound on memory.
+THROUGH_AHEAD_BYTES = 16 << 20
 BINARY = "application/octet-stream"
 
 
@@ -40,34 +44,58 @@ class DataPlane:
     def __init__(self, node: CacheNode) -> None:
         self._node = node
 
-    async def __call__(self, request: Request) -> Response:
-        match request.path.split("/")[1:]:
-            case ["v1", "snapshots", digest, "rows", row, "shards", index] if (row + index).isdecimal():
-                spec = await self._find(digest, int(row), int(index))
-                return await self._read(request, spec)
-        raise NotFound(f"nothing is served at {request.path!r}: see docs/wire.md for the paths")
+    async def __call__(self, request: Request, digest: str, row: int, index: int) -> Response:
+        return await self._read(request, await self.find(digest, row, index))
 
-    async def _find(self, digest: str, row: int, index: int) -> ShardSpec:
+    async def find(self, digest: str, row: int, index: int) -> ShardSpec:
+        """A shard by its place. Raises NotFound, DatasetNotFound, SnapshotNotFound."""
         library = self._node.library
         return find_shard(library.knowledge.dataset_of(digest), await library.snapshot(digest), row, index)
 
     async def _read(self, request: Request, spec: ShardSpec) -> Response:
         wanted = ByteRange.parse(request.headers.get("range"), spec.size_bytes)
-        headers = {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}
         length = wanted.end - wanted.start
         if request.method == "HEAD":
-            return Response(wanted.status, headers, length=length)
+            return Response(wanted.status, self._headers(request, spec, wanted, self.known(spec.key)), length=length)
         while True:
-            file = await self._sealed(spec)
+            file = await self.sealed(spec)
             if file is not None:
                 return self._from_file(request, spec, wanted, file)
             if request.headers.get("cache-control") == "only-if-cached":
                 raise NotCached(f"shard {spec.key.hex()} is not sealed here")
             try:
-                body = await self._unsealed(spec, wanted, forwarded="via" in request.headers)
+                body = await self.unsealed(spec, wanted, forwarded="via" in request.headers)
             except AlreadySealed:
                 continue
-            return Response(wanted.status, headers, body, length=length)
+            return Response(
+                wanted.status, self._headers(request, spec, wanted, self.known(spec.key)), body, length=length
+            )
+
+    def _headers(
+        self, request: Request, spec: ShardSpec, wanted: ByteRange, shard: ShardHeader | None
+    ) -> dict[str, str]:
+        """Of a response; with the checksums of the whole parts in it, where they are wanted and the shard is here."""
+        headers = {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}
+        if shard is None or "shoal-want-checksums" not in request.headers:
+            return headers
+        parts = checksums.whole_parts(wanted.start, wanted.end, shard.size_bytes, shard.part_size)
+        if parts:
+            sums = [shard.checksums[part] for part in parts]
+            known = [value for value in sums if value is not None]
+            headers["Shoal-Part-Size"] = str(shard.part_size)
+            headers["Shoal-Checksums"] = checksums.encode(known) if len(known) == len(sums) else shard_client.LATER
+        return headers
+
+    def known(self, key: Key) -> ShardHeader | None:
+        """What is known of a shard that fills or is open: its parts and their checksums."""
+        fill = self._node.fills.running(key)
+        if fill is not None:
+            return fill.partial.header
+        file = self._node.store.open_cached(key)
+        if file is None:
+            return None
+        file.release()
+        return file.header
 
     def _from_file(self, request: Request, spec: ShardSpec, wanted: ByteRange, file: SealedFile) -> Response:
         if request.is_local and "shoal-descriptor" in request.headers:
@@ -76,17 +104,25 @@ class DataPlane:
             return Response(200, {"Content-Type": BINARY}, whole, pass_descriptor=True)
         length = wanted.end - wanted.start
         self._node.counters.served_sealed_bytes.add(length)
-        headers = {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}
+        headers = self._headers(request, spec, wanted, file.header)
         return Response(wanted.status, headers, FileSlice(file.fd, wanted.start, length, file.release))
 
-    async def _sealed(self, spec: ShardSpec) -> SealedFile | None:
+    async def sealed(self, spec: ShardSpec) -> SealedFile | None:
+        """The sealed file of a shard, counted for the caller; None where it is not here."""
         store = self._node.store
         file = store.open_cached(spec.key)
         if file is None and store.is_sealed(spec.key):
             file = await asyncio.to_thread(store.open_sealed, spec.key)
         return file
 
-    async def _unsealed(
+    async def begin_fill(self, spec: ShardSpec) -> None:
+        """Begin the fill of a shard that is not here and is this node's to fill. Raises as `CacheNode.fill`."""
+        order = self._node.order(spec)
+        rank = self._node.rank(order)
+        if rank is not None and rank < spec.dataset.record.replicas and not self._node.store.is_sealed(spec.key):
+            await self._node.fill(spec, order, Urgency.DEMAND)
+
+    async def unsealed(
         self, spec: ShardSpec, wanted: ByteRange, *, forwarded: bool
     ) -> AsyncIterator[Buffer | FileSlice]:
         """A body whose first piece is at hand, so that a failure so far is still a status."""
@@ -127,11 +163,12 @@ class DataPlane:
             raise AlreadySealed  # or it failed just now: either way the look from the start says which
         header = fill.partial.header
         try:
-            parts = range(start // header.part_size, -(-end // header.part_size))
-            fill.want(parts)
-            for part in parts:
+            fill.want(range(start // header.part_size, -(-end // header.part_size)))
+            while start < end:
+                part = start // header.part_size
+                first, last = header.part_range(part)
                 try:
-                    await fill.part(part)
+                    reached = first + await fill.available(part, start - first)
                 except DiskFailed as error:
                     self._note(error)
                     source = await asyncio.to_thread(self._node.source, spec, order)
@@ -141,7 +178,7 @@ class DataPlane:
                 except ShoalError:
                     self._node.counters.fills_failed.add(1)
                     raise
-                stop = min(end, header.part_range(part)[1])
+                stop = min(end, last, reached)
                 self._node.counters.served_filling_bytes.add(stop - start)
                 yield FileSlice(file.fd, start, stop - start)
                 start = stop
@@ -149,22 +186,20 @@ class DataPlane:
             file.release()
 
     async def _through(self, source: Source, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
-        """Read from `source` and send, storing nothing; a few reads ahead of the reader."""
+        """Read from `source` and send, storing nothing; a bounded number of bytes ahead of the reader."""
+        pieces = Handover(THROUGH_AHEAD_BYTES)
         step = self._node.config.part_size
-        pending: deque[asyncio.Task[Buffer]] = deque()
+        reading = asyncio.get_running_loop().run_in_executor(None, pieces.fill, source, start, end, step)
         try:
-            while start < end or pending:
-                while start < end and len(pending) < THROUGH_AHEAD:
-                    stop = min(end, (start // step + 1) * step)
-                    pending.append(asyncio.create_task(asyncio.to_thread(source.read, start, stop)))
-                    start = stop
-                buffer = await pending.popleft()
-                self._node.counters.served_through_bytes.add(len(buffer))
-                yield buffer
+            async for piece in pieces:
+                self._node.counters.served_through_bytes.add(len(piece))
+                yield piece
+            await reading
         finally:
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
+            pieces.close()
+            await asyncio.wait([reading])
+            if not reading.cancelled():
+                reading.exception()  # told to the reader, or of no use to one who left
 
     def _note(self, error: StoreFull | DiskFailed) -> None:
         if isinstance(error, DiskFailed):

@@ -14,15 +14,22 @@ import enum
 import heapq
 import itertools
 import logging
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from shoal.errors import OriginUnavailable, Overloaded, ShoalError, Unavailable
 from shoal.shards import Key
+from shoal_cachenode.partial_file import PartialFile
 from shoal_cachenode.source import Source
-from shoal_cachenode.store import PartialFile, Store
+from shoal_cachenode.store import Store
 
 log = logging.getLogger(__name__)
+
+#: Threads that verify and sync finished shards, and finished shards that may wait for them.
+SEALERS = 2
+SEALS_WAITING = 64
 
 
 class Urgency(enum.IntEnum):
@@ -42,11 +49,13 @@ class Fill:
 
     def __init__(self, partial: PartialFile, source: Source, scheduler: Scheduler, urgency: Urgency) -> None:
         self.partial = partial
-        self.sealed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self.sealed: asyncio.Future[None] = self._loop.create_future()
         self.sealed.add_done_callback(lambda f: f.cancelled() or f.exception())  # waiting for it is optional
         self._source = source
         self._scheduler = scheduler
         self._waiters: dict[int, asyncio.Future[None]] = {}
+        self._written: dict[int, int] = {}  # bytes of parts on their way, by the threads that write them
         self._in_flight: set[int] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -77,22 +86,27 @@ class Fill:
             if part in self._missing and part not in self._in_flight:
                 self._scheduler.push(Urgency.DEMAND, self, part)
 
-    async def part(self, part: int) -> None:
-        """Wait until `part` is in the file.
+    async def available(self, part: int, beyond: int) -> int:
+        """Wait until more than the first `beyond` bytes of `part` are in the file; return how many are.
 
         Raises:
             ShoalError: the source failed for good.
             DiskFailed: the disk did.
         """
-        if self.sealed.done():
-            self.sealed.result()
-            return
-        if part not in self._missing:
-            return
-        waiter = self._waiters.get(part)
-        if waiter is None:
-            waiter = self._waiters[part] = asyncio.get_running_loop().create_future()
-        await asyncio.shield(waiter)
+        while True:
+            if self.sealed.done():
+                self.sealed.result()
+            start, end = self.partial.header.part_range(part)
+            if self.sealed.done() or part not in self._missing:
+                return end - start
+            written = self._written.get(part, 0)
+            if written > beyond:
+                return written
+            waiter = self._waiters.get(part)
+            if waiter is None:
+                waiter = self._waiters[part] = self._loop.create_future()
+                continue  # look again: the thread that writes may have missed that somebody waits
+            await asyncio.shield(waiter)
 
     def take(self, part: int) -> bool:
         """Whether the scheduler should fetch `part` now: a part may be queued twice, and is fetched once."""
@@ -106,10 +120,21 @@ class Fill:
         """In a thread: bring `part` in. Returns whether it was the last, so that the caller is to seal."""
         header = self.partial.header
         if header.checksums[part] is None:
+            writer = self.partial.writer(part)
+
+            def take(data: memoryview) -> None:
+                try:
+                    writer.write(data)
+                except OSError as error:
+                    raise DiskFailed(f"{self.partial.key.hex()}: {error}") from error
+                self._written[part] = writer.written
+                if part in self._waiters:
+                    self._loop.call_soon_threadsafe(self._wake, part)
+
             start, end = header.part_range(part)
-            data = self._source.read(start, end)
+            self._source.stream(start, end, take)
             try:
-                self.partial.write_part(part, data)
+                writer.finish()
             except OSError as error:
                 raise DiskFailed(f"{self.partial.key.hex()}: {error}") from error
         return self.partial.claim_seal()
@@ -124,6 +149,10 @@ class Fill:
     def arrived(self, part: int) -> None:
         """On the loop: `part` is in the file. Readers go on at once; they need not wait for the drive."""
         self._missing.discard(part)
+        self._written.pop(part, None)
+        self._wake(part)
+
+    def _wake(self, part: int) -> None:
         waiter = self._waiters.pop(part, None)
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -167,6 +196,11 @@ class Scheduler:
         self._sequence = itertools.count()
         self._wake = asyncio.Semaphore(0)
         self._threads = ThreadPoolExecutor(fetches, thread_name_prefix="fill")
+        # Nobody waits for a seal but the end of a prefetch: it yields to readers and to the fetches they wait for.
+        self._sealers = ThreadPoolExecutor(SEALERS, thread_name_prefix="seal", initializer=_yield_to_others)
+        self._sealing: set[asyncio.Task[None]] = set()
+        # Fetches wait when seals do not keep up: what is filled but not sealed is not safe on the drive.
+        self._room_to_seal = asyncio.Semaphore(SEALS_WAITING)
         self._fetches = fetches
         self._tasks = [asyncio.create_task(self._run()) for _ in range(fetches)]
         self.in_flight = 0
@@ -176,10 +210,12 @@ class Scheduler:
         self._wake.release()
 
     async def close(self) -> None:
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._sealing]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for threads in (self._threads, self._sealers):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -190,23 +226,44 @@ class Scheduler:
                 continue
             self.in_flight += 1
             try:
-                if await loop.run_in_executor(self._threads, fill.fetch, part):
-                    fill.arrived(part)
-                    await loop.run_in_executor(self._threads, fill.seal)
-                    fill.finished()
-                else:
-                    fill.arrived(part)
+                is_last = await loop.run_in_executor(self._threads, fill.fetch, part)
+                fill.arrived(part)
+                if is_last:
+                    await self._room_to_seal.acquire()
+                    task = asyncio.create_task(self._seal(fill))
+                    self._sealing.add(task)
+                    task.add_done_callback(self._sealing.discard)
             except asyncio.CancelledError:
                 raise
-            except (ShoalError, DiskFailed) as error:
-                fill.failed(error)
-            except Exception as error:
-                # One shard's surprise must not end the fetcher for all.
-                log.exception("fill of %s failed", fill.key.hex())
-                fill.failed(ShoalError(f"internal error while filling: {error!r}"))
+            except Exception as error:  # noqa: BLE001 - one shard's surprise must not end the fetcher for all
+                fill.failed(_told(fill, error))
             finally:
                 fill.landed(part)
                 self.in_flight -= 1
+
+    async def _seal(self, fill: Fill) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._sealers, fill.seal)
+            fill.finished()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 - as in `_run`
+            fill.failed(_told(fill, error))
+        finally:
+            self._room_to_seal.release()
+
+
+def _told(fill: Fill, error: Exception) -> Exception:
+    """`error` as those who wait for the fill are told of it."""
+    if isinstance(error, ShoalError | DiskFailed):
+        return error
+    log.error("fill of %s failed", fill.key.hex(), exc_info=error)
+    return ShoalError(f"internal error while filling: {error!r}")
+
+
+def _yield_to_others() -> None:
+    """Give this thread the processor's spare time (a thread has a priority of its own on Linux; sched(7))."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 class Fills:

@@ -24,6 +24,7 @@ from shoal.datasets import DatasetRecord
 from shoal.errors import DatasetNotFound, NotFound, ShardCorrupt, ShoalError, SnapshotNotFound, StoreUnusable
 from shoal.origin import Origin
 from shoal.placement import Placement
+from shoal.shard_client import ShardAt
 from shoal.snapshot import Snapshot
 from shoal.transport import Transport
 from shoal_cachenode.store import write_atomically
@@ -242,9 +243,9 @@ class ShardSpec:
         return self.snapshot.first_shard(self.row) + self.index
 
     @property
-    def target(self) -> str:
-        """The path of the shard on any node."""
-        return f"/v1/snapshots/{self.snapshot.digest}/rows/{self.row}/shards/{self.index}"
+    def at(self) -> ShardAt:
+        """Where it is found on any node."""
+        return ShardAt(self.snapshot.digest, self.row, self.index, self.size_bytes)
 
 
 def find_shard(known: KnownDataset, opened: Snapshot, row: int, index: int) -> ShardSpec:

@@ -154,7 +154,7 @@ class CacheNode:
         return FirstThatHasIt(peers, self.origin_source(spec))
 
     def peer(self, node: MapNode, spec: ShardSpec, *, cached_only: bool) -> PeerSource:
-        return PeerSource(self.transport, node.address, spec.target, self.id, cached_only, self.counters.peer_bytes)
+        return PeerSource(self.transport, node.address, spec.at, self.id, cached_only, self.counters.peer_bytes)
 
     def origin_source(self, spec: ShardSpec) -> Source:
         opened = self.library.origin(spec.dataset)

@@ -19,8 +19,6 @@ import struct
 from dataclasses import dataclass
 from typing import Self
 
-import xxhash
-
 from shoal.errors import ShardCorrupt
 
 XATTR = "user.shoal.shard"
@@ -83,8 +81,3 @@ class ShardHeader:
         except (struct.error, IndexError, MemoryError) as error:
             raise ShardCorrupt("the shard attribute is cut short") from error
         return cls(size_bytes, part_size, generation, [s if p else None for s, p in zip(sums, present, strict=True)])
-
-
-def checksum(data: bytes | bytearray | memoryview) -> int:
-    """xxh3_64 of a part."""
-    return xxhash.xxh3_64_intdigest(data)

@@ -12,22 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import pyarrow as pa
-
+from shoal import memory, shard_client
 from shoal.errors import NotCached, Overloaded, ShardCorrupt, SnapshotNotFound, Unavailable
-from shoal.origin import Origin
+from shoal.origin import Origin, Sink
+from shoal.shard_client import ShardAt
 from shoal.transport import Transport
 
 log = logging.getLogger(__name__)
-
-Buffer = bytes | bytearray | memoryview
 
 
 class Source(Protocol):
     """Reads of one shard."""
 
-    def read(self, start: int, end: int) -> Buffer:
-        """Bytes [start, end) of the shard. Raises ShoalError."""
+    def stream(self, start: int, end: int, sink: Sink) -> None:
+        """Hand bytes [start, end) of the shard to `sink` as they come; see `Origin.stream`. Raises ShoalError."""
         ...
 
 
@@ -41,10 +39,9 @@ class OriginSource:
     offset: int
     on_read: Counter
 
-    def read(self, start: int, end: int) -> Buffer:
-        data = self.origin.read(self.path, self.version, self.offset + start, self.offset + end)
+    def stream(self, start: int, end: int, sink: Sink) -> None:
+        self.origin.stream(self.path, self.version, self.offset + start, self.offset + end, sink)
         self.on_read.add(end - start)
-        return memoryview(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +50,24 @@ class PeerSource:
 
     transport: Transport
     address: str
-    target: str
+    shard: ShardAt
     node_id: str
     cached_only: bool
     on_read: Counter
 
-    def read(self, start: int, end: int) -> Buffer:
+    def stream(self, start: int, end: int, sink: Sink) -> None:
+        """See `Source`. The range comes in one piece, after its checksums were compared."""
         # Via: the peer must answer by itself, so two nodes with different maps cannot ask each other in a circle.
         headers = {"Via": f"1.1 {self.node_id}"}
         if self.cached_only:
             headers["Cache-Control"] = "only-if-cached"
         # pyarrow's pool reuses pages; a fresh bytearray would fault in each of them anew.
-        buffer: memoryview = memoryview(pa.allocate_buffer(end - start)).cast("B")
-        self.transport.read_into(self.address, self.target, start, end, buffer, headers)
+        view = memory.view(memory.allocate(end - start))
+        shard_client.read(
+            self.transport, self.address, self.shard, start, end, lambda: view, verify=True, headers=headers
+        )
         self.on_read.add(end - start)
-        return buffer
+        sink(view)
 
 
 class Counter:
@@ -89,11 +89,11 @@ class FirstThatHasIt:
         self._peers = tuple(peers)
         self._last = last
 
-    def read(self, start: int, end: int) -> Buffer:
+    def stream(self, start: int, end: int, sink: Sink) -> None:
         for peer in self._peers:
             try:
-                return peer.read(start, end)
+                return peer.stream(start, end, sink)  # all of it or nothing was handed over
             except (Unavailable, NotCached, SnapshotNotFound, Overloaded, ShardCorrupt) as error:
                 log.debug("a peer did not give the bytes: %s", error)
                 self._peers = tuple(p for p in self._peers if p is not peer)
-        return self._last.read(start, end)
+        return self._last.stream(start, end, sink)

@@ -30,7 +30,9 @@ from typing import Any
 from shoal.errors import ShardCorrupt, StoreUnusable
 from shoal.shards import PART_SIZE, Key
 from shoal_cachenode.ledger import Ledger
-from shoal_cachenode.shard_file import XATTR, ShardHeader, checksum
+from shoal_cachenode.partial_file import PartialFile
+from shoal_cachenode.sealed_file import SealedFile, part_is_good
+from shoal_cachenode.shard_file import XATTR, ShardHeader
 
 #: Descriptors of sealed files kept open between requests.
 MAX_OPEN_FILES = 512
@@ -42,99 +44,6 @@ class StoreFull(Exception):
 
 class AlreadySealed(Exception):
     """The shard was sealed meanwhile: look again."""
-
-
-class SealedFile:
-    """An open sealed shard. Counted: whoever got it calls `release` once; the descriptor closes after the last."""
-
-    __slots__ = ("_lock", "_users", "fd", "header")
-
-    def __init__(self, fd: int, header: ShardHeader) -> None:
-        self.fd = fd
-        self.header = header
-        self._users = 1
-        self._lock = threading.Lock()  # guards _users
-
-    def retain(self) -> bool:
-        """Count one more user; False where the last one has gone and the descriptor with it."""
-        with self._lock:
-            if self._users == 0:
-                return False
-            self._users += 1
-            return True
-
-    def release(self) -> None:
-        with self._lock:
-            self._users -= 1
-            last = self._users == 0
-        if last:
-            os.close(self.fd)
-
-
-class PartialFile:
-    """A shard that is filling. `write_part` may run in several threads, each for another part."""
-
-    def __init__(self, store: Store, key: Key, path: Path, fd: int, header: ShardHeader) -> None:
-        self.key = key
-        self.header = header
-        self.file = SealedFile(fd, header)
-        self._store = store
-        self._path = path
-        self._lock = threading.Lock()  # guards _seal_claimed, header.checksums and the attribute that mirrors them
-        self._seal_claimed = False
-
-    @property
-    def fd(self) -> int:
-        return self.file.fd
-
-    def write_part(self, part: int, data: bytes | bytearray | memoryview) -> None:
-        """Write one part and note its checksum. Raises OSError as the disk does."""
-        start, end = self.header.part_range(part)
-        assert len(data) == end - start, "a part is written whole"
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self.fd, view, start)
-            start += written
-            view = view[written:]
-        with self._lock:
-            self.header.checksums[part] = checksum(data)
-            os.setxattr(self.fd, XATTR, self.header.encode())
-
-    def claim_seal(self) -> bool:
-        """Whether the caller is the one to seal: true once, after the last part."""
-        with self._lock:
-            if self._seal_claimed or not self.header.is_complete:
-                return False
-            self._seal_claimed = True
-            return True
-
-    def verify_part(self, part: int) -> bool:
-        """Whether the bytes on the file are those that were written; forgets the part where they are not."""
-        if _part_is_good(self.fd, self.header, part):
-            return True
-        with self._lock:
-            self.header.checksums[part] = None
-            os.setxattr(self.fd, XATTR, self.header.encode())
-        return False
-
-    def seal(self) -> None:
-        """Verify, make durable and publish. Raises ShardCorrupt (then the bad parts are missing again) or OSError."""
-        assert self.header.is_complete, "only a whole shard is sealed"
-        bad = [part for part in range(len(self.header.checksums)) if not self.verify_part(part)]
-        if bad:
-            raise ShardCorrupt(f"parts {bad} of shard {self.key.hex()} did not read back as written")
-        with self._lock:
-            self.header.generation = self._store.generation
-            os.setxattr(self.fd, XATTR, self.header.encode())
-        os.fchmod(self.fd, 0o444)
-        os.fdatasync(self.fd)
-        self._store._publish(self)
-
-    def drop(self) -> None:
-        """Give up: remove the file and its reservation. Readers that hold its descriptor keep it."""
-        self._path.unlink(missing_ok=True)
-        self._store._forget_partial(self.key)
-        self.file.release()
 
 
 class Store:
@@ -248,7 +157,7 @@ class Store:
             raise
 
     def _verify_once(self, key: Key, fd: int, header: ShardHeader) -> None:
-        if not all(_part_is_good(fd, header, part) for part in range(len(header.checksums))):
+        if not all(part_is_good(fd, header, part) for part in range(len(header.checksums))):
             raise ShardCorrupt(f"shard {key.hex()} did not survive the last unclean stop of the machine")
         header.generation = self.generation
         path = self._sealed_path(key)
@@ -435,15 +344,6 @@ def _keys_in(directory: Path) -> Iterator[tuple[Key, int]]:
                 continue
             if len(key) == 16 and entry.is_file(follow_symlinks=False):
                 yield key, entry.stat(follow_symlinks=False).st_size
-
-
-def _part_is_good(fd: int, header: ShardHeader, part: int) -> bool:
-    start, end = header.part_range(part)
-    try:
-        data = os.pread(fd, end - start, start)
-    except OSError:
-        return False
-    return checksum(data) == header.checksums[part]
 
 
 def _sync_directory(directory: Path) -> None:

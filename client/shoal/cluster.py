@@ -21,12 +21,13 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from shoal.cluster_map import ClusterMap, NodeState
+from shoal.connection import Answer
 from shoal.datasets import DatasetRecord
 from shoal.errors import ClusterUnavailable, InvalidRequest, NotFound, ShardCorrupt, Unavailable
 from shoal.local import LocalNode
 from shoal.placement import Placement
 from shoal.snapshot import Snapshot
-from shoal.transport import Answer, Transport
+from shoal.transport import Transport
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,11 @@ class Cluster:
         except Unavailable as error:
             log.warning("the cluster map could not be renewed, going on with epoch %d: %s", self._map.epoch, error)
             self._known_epoch = self._map.epoch
+
+    def newer_map(self, epoch: int) -> bool:
+        """Fetch the map anew; whether it is newer than `epoch`."""
+        self.refresh_map()
+        return self._map.epoch > epoch
 
     def _fetch_document(self) -> dict[str, Any]:
         newest: dict[str, Any] = json.loads(self.ask("/v1/cluster").body)
@@ -268,7 +274,7 @@ def _after_fork_in_child() -> None:
     for cluster in _clusters.values():
         cluster._reset_lock()
         if cluster.local is not None:
-            cluster.local.reset_lock()
+            cluster.local.maps.reset_lock()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

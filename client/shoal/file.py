@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from fsspec.spec import AbstractBufferedFile
 
+from shoal import memory
 from shoal.reader import ObjectReader
 
 if TYPE_CHECKING:
@@ -43,18 +44,22 @@ class ShoalFile(AbstractBufferedFile):  # type: ignore[misc] # fsspec has no typ
 
     def read(self, length: int | None = -1) -> bytes:
         """Up to `length` bytes from the current position; all that follow for -1 or None. One copy: a bytes object."""
-        return bytes(self.read_buffer(length).to_pybytes())
+        if self.closed:
+            raise ValueError("I/O operation on closed file.")
+        start, end = self._span(length)
+        self.loc = end
+        if end - start >= MAX_WINDOW:  # as `_buffered` decides, received without a buffer between
+            self._forget_window(end)
+            return self._reader.read_bytes(start, end)
+        return memory.to_bytes(self._buffered(start, end)) if end > start else b""
 
     def read_buffer(self, length: int | None = -1) -> pa.Buffer:
         """As `read`, as an Arrow buffer; without a copy where the bytes are mapped. Valid as long as it is held."""
         if self.closed:
             raise ValueError("I/O operation on closed file.")
-        start = self.loc
-        end = self.size if length is None or length < 0 else min(self.size, start + length)
-        self.loc = max(start, end)
-        if end <= start:
-            return pa.py_buffer(b"")
-        return self._buffered(start, end)
+        start, end = self._span(length)
+        self.loc = end
+        return self._buffered(start, end) if end > start else pa.py_buffer(b"")
 
     def readinto(self, buffer: Any) -> int:
         """Fill a writable buffer from the current position; return the bytes that came."""
@@ -72,6 +77,15 @@ class ShoalFile(AbstractBufferedFile):  # type: ignore[misc] # fsspec has no typ
 
     readinto1 = readinto
 
+    def _span(self, length: int | None) -> tuple[int, int]:
+        """Start and end of a read of `length` bytes from the current position."""
+        start = self.loc
+        end = self.size if length is None or length < 0 else min(self.size, start + length)
+        return start, max(start, end)
+
+    def _forget_window(self, end: int) -> None:
+        self._window, self._next_window, self._last_end = None, MIN_WINDOW, end
+
     def _buffered(self, start: int, end: int) -> pa.Buffer:
         """Bytes [start, end), which lie inside the object, through the window."""
         follows, self._last_end = start == self._last_end, end
@@ -80,7 +94,7 @@ class ShoalFile(AbstractBufferedFile):  # type: ignore[misc] # fsspec has no typ
             return self._window.slice(offset, end - start)
         if end - start >= MAX_WINDOW or not follows:
             # Large, or somewhere else: just what was asked for, kept by nobody but the caller.
-            self._window, self._next_window = None, MIN_WINDOW
+            self._forget_window(end)
             return self._reader.read_buffer(start, end)
         ahead = max(end, min(self.size, start + self._next_window))
         self._next_window = min(MAX_WINDOW, self._next_window * 2)
@@ -88,7 +102,7 @@ class ShoalFile(AbstractBufferedFile):  # type: ignore[misc] # fsspec has no typ
         return self._window.slice(0, end - start)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
-        return bytes(self._reader.read_buffer(start, end).to_pybytes())
+        return self._reader.read_bytes(start, end)
 
     def close(self) -> None:
         """Let go of the window."""

@@ -18,20 +18,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NoReturn
 
+import pyarrow as pa
 from fsspec.implementations.chained import ChainedFileSystem
 from fsspec.utils import glob_translate
 
+from shoal import arrow, datasets, ranges
 from shoal import cluster as cluster_module
-from shoal import datasets
 from shoal.cluster import Cluster
 from shoal.datasets import DatasetRecord
-from shoal.errors import InvalidRequest, NotFound, ReadOnly, SnapshotNotFound
+from shoal.errors import InvalidRequest, NotFound, ReadOnly, ShoalError, SnapshotNotFound
 from shoal.file import ShoalFile
 from shoal.origin import urls
-from shoal.reader import ObjectReader, run_parallel
+from shoal.ranges import Range
+from shoal.reader import ObjectReader
 from shoal.snapshot import Snapshot
 
 _MAGIC = re.compile(r"[*?\[]")
+#: Paths whose look-up is remembered, so that opening one again costs a dictionary look-up.
+READERS_KEPT = 1 << 16
 
 
 class Pinned:
@@ -57,6 +61,7 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
             node's socket.
         socket: of the local node; default ``SHOAL_SOCKET``, then ``/run/shoal/node.sock`` where that exists.
         local: False reads over the network even from the node on this machine.
+        verify: False leaves it to the nodes to check parts, instead of comparing the checksum of each part that comes.
         target_protocol, target_options, fo: set by fsspec for ``shoal::URL``.
 
     Raises:
@@ -72,6 +77,7 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         endpoint: str | None = None,
         socket: str | None = None,
         local: bool = True,
+        verify: bool = True,
         target_protocol: str | None = None,
         target_options: Mapping[str, Any] | None = None,
         fo: str | None = None,
@@ -81,9 +87,11 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         self._endpoint = endpoint
         self._socket = socket
         self._use_local = local
+        self._verify = verify
         self._target_protocol = target_protocol
         self._target_options = dict(target_options or {})
         self._pins: dict[str, Pinned] = {}
+        self._readers: dict[str, ObjectReader] = {}
 
     @property
     def cluster(self) -> Cluster:
@@ -263,8 +271,15 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
     # Reading
 
     def _reader(self, path: str) -> ObjectReader:
-        pinned, row = self._row(path)
-        return ObjectReader(self.cluster, pinned.snapshot, pinned.record.replicas, row)
+        reader = self._readers.get(path)
+        if reader is None:
+            pinned, row = self._row(path)
+            reader = ObjectReader(self.cluster, pinned.snapshot, pinned.record.replicas, row, verify=self._verify)
+            # Good for ever, because the snapshot is pinned. Threads may race: what they make is alike.
+            if len(self._readers) >= READERS_KEPT:
+                self._readers.clear()
+            self._readers[path] = reader
+        return reader
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> ShoalFile:
         if mode not in ("rb", "r"):
@@ -282,8 +297,38 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
         """Bytes [start, end) of an object; negative positions count from its end."""
         reader = self._reader(path)
-        first, last = _positions(start, end, reader.size_bytes)
-        return bytes(reader.read_buffer(first, last).to_pybytes())
+        return reader.read_bytes(*_positions(start, end, reader.size_bytes))
+
+    def open_buffer(self, path: str) -> pa.Buffer:
+        """The whole object as one Arrow buffer, which stays valid as long as it is held.
+
+        An object of one shard that lies on this node is mapped: no byte is copied, and all processes of the machine
+        share the pages. One of several shards is gathered into new memory; `open_buffers` avoids that.
+
+        Raises:
+            ShoalError: see `shoal.errors`.
+        """
+        reader = self._reader(path)
+        return reader.read_buffer(0, reader.size_bytes)
+
+    def open_buffers(self, path: str) -> list[pa.Buffer]:
+        """The whole object as one Arrow buffer a shard, in order; each as `open_buffer` gives it."""
+        return self._reader(path).buffers()
+
+    def read_arrow(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """The table of an Arrow IPC file or stream, its columns views of the cached bytes where those are mapped.
+
+        Args:
+            columns: those to read, in this order; None: all.
+
+        Warns:
+            shoal.arrow.ArrowCopyWarning: the file is compressed, so that the table is a copy.
+
+        Raises:
+            InvalidRequest: the object is no Arrow IPC data, or has no such column.
+            ShoalError: see `shoal.errors`.
+        """
+        return arrow.read_table(path, self.open_buffers(path), columns)
 
     def cat_ranges(
         self,
@@ -294,24 +339,30 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         on_error: str = "return",
         **kwargs: Any,
     ) -> list[Any]:
-        """Many ranges at once, in order; see fsspec."""
+        """Many ranges at once, in order; see fsspec. Short ones become one request an owner (`shoal.ranges`)."""
         if max_gap is not None:
             raise NotImplementedError("max_gap is fsspec's own reserve: leave it out")
         first = list(starts) if isinstance(starts, Sequence) else [starts] * len(paths)
         last = list(ends) if isinstance(ends, Sequence) else [ends] * len(paths)
         if len(first) != len(paths) or len(last) != len(paths):
             raise ValueError("paths, starts and ends must be of one length")
-
-        def read(job: tuple[str, int | None, int | None]) -> Any:
+        found: list[Any] = [None] * len(paths)
+        numbers, wanted = [], []
+        for number, (path, start, end) in enumerate(zip(paths, first, last, strict=True)):
             try:
-                return self.cat_file(*job)
-            except Exception as error:
-                if on_error == "return":
-                    return error
-                raise
-
-        jobs = list(zip(paths, first, last, strict=True))
-        return run_parallel(read, jobs)
+                reader = self._reader(path)
+            except (ShoalError, OSError) as error:
+                found[number] = error
+            else:
+                numbers.append(number)
+                wanted.append(Range(reader, *_positions(start, end, reader.size_bytes)))
+        for number, result in zip(numbers, ranges.read_many(self.cluster, wanted, verify=self._verify), strict=True):
+            found[number] = result
+        if on_error != "return":
+            for result in found:
+                if isinstance(result, Exception):
+                    raise result
+        return found
 
     def modified(self, path: str) -> datetime:
         """The latest time at which the object may have changed for this file system: when it pinned the snapshot.

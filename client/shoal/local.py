@@ -1,7 +1,7 @@
 """The node on this machine, reached by its Unix socket: sealed shards and snapshots come as file descriptors.
 
-Zero copies: the descriptor is mapped, and the map is wrapped as an Arrow buffer. All processes of the machine map the
-same pages. The map outlives the node's eviction of the file, because eviction is ``unlink``.
+Zero copies: the descriptor is mapped (`shoal.maps` has the rules of how long), and the map is wrapped as an Arrow
+buffer. All processes of the machine map the same pages.
 
 The rule: this is a faster way to what the network also gives. Whatever goes wrong here is a miss, never a failure.
 """
@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import json
 import logging
-import mmap
 import os
-import threading
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from shoal.connection import Answer
 from shoal.errors import ShoalError
+from shoal.maps import Maps, ShardId
 from shoal.snapshot import Snapshot
-from shoal.transport import Answer, Transport
+from shoal.transport import Transport
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SOCKET = "/run/shoal/node.sock"
-#: Maps kept by a process. They cost address space, not memory.
-MAX_MAPS = 1024
 TAKES_DESCRIPTOR = {"Shoal-Descriptor": "1"}
 
 
@@ -38,19 +35,15 @@ class LocalNode:
         address: for `Transport`.
         node_id: in the cluster map.
         cluster: its ``/v1/cluster`` document.
+        maps: shards of the node that this process has mapped.
     """
 
     def __init__(self, transport: Transport, socket_path: str, cluster: dict[str, Any]) -> None:
         self.address = f"unix:{socket_path}"
         self.cluster = cluster
         self.node_id: str = cluster["node_id"]
+        self.maps = Maps()
         self._transport = transport
-        self._maps: OrderedDict[str, pa.Buffer] = OrderedDict()
-        self.reset_lock()
-
-    def reset_lock(self) -> None:
-        """A new lock, for a fork's child: the thread that held the old one is not there to release it."""
-        self._lock = threading.Lock()  # guards _maps
 
     @classmethod
     def find(cls, transport: Transport, socket_path: str | None) -> LocalNode | None:
@@ -65,27 +58,16 @@ class LocalNode:
             log.info("no cache node answers on %s, reading over the network: %s", path, error)
             return None
 
-    def mapped(self, target: str) -> pa.Buffer | None:
-        """The whole shard at `target` if this process has mapped it. The buffer stays valid as long as it is held."""
-        with self._lock:
-            buffer = self._maps.get(target)
-            if buffer is not None:
-                self._maps.move_to_end(target)
-            return buffer
-
-    def adopt(self, target: str, answer: Answer) -> pa.Buffer:
-        """Map the descriptor of an answer and keep the map."""
+    def adopt(self, shard: ShardId, answer: Answer) -> pa.Buffer | None:
+        """Map the descriptor of an answer and keep the map; None where it cannot be mapped."""
         assert answer.descriptor is not None
         try:
-            length = int(answer.headers["shoal-length"])
-            buffer = pa.py_buffer(mmap.mmap(answer.descriptor, length, prot=mmap.PROT_READ))
+            return self.maps.add(shard, answer.descriptor, int(answer.headers["shoal-length"]))
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("a shard of the local node cannot be mapped, reading it instead: %s", error)
+            return None
         finally:
             os.close(answer.descriptor)
-        with self._lock:
-            self._maps[target] = buffer
-            if len(self._maps) > MAX_MAPS:
-                self._maps.popitem(last=False)
-        return buffer
 
     def snapshot(self, digest: str) -> Snapshot | None:
         """The snapshot, mapped from the node's own file; None where the node cannot give it."""

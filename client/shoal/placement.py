@@ -168,6 +168,12 @@ class Placement:
         primary = int(self.primaries()[ordinal]) if self.shard_count <= BOUND_MAX_SHARDS else None
         return self._order(key or self._table().keys[ordinal].astype("<u8").tobytes(), primary)
 
+    def first(self, ordinal: int, key: Key | None = None) -> Node:
+        """The first of `order`, at the cost of a look-up where the snapshot is bounded. Raises as `order`."""
+        if self.nodes and self.shard_count <= BOUND_MAX_SHARDS:
+            return self.nodes[int(self.primaries()[ordinal])]
+        return self.order(ordinal, key)[0]
+
     def primaries(self) -> Indexes:
         """Each shard's primary owner as an index of `nodes`, computed at the first call. Shared: do not write to it.
 

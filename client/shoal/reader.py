@@ -1,8 +1,9 @@
 """Reads of one object: cut the range into pieces, find each piece's owners, fetch the pieces at once.
 
     1. plan       pieces of the range, one a shard (shards.pieces)
-    2. local      a shard that the node on this machine owns: its descriptor, mapped; nothing is copied
-    3. remote     each piece from its first owner, straight into the caller's buffer
+    2. local      a shard of the node on this machine: its descriptor, mapped; nothing is copied. One that is still
+                  filling is streamed in the same request, and mapped at a later read
+    3. remote     each piece from its first owner, straight into the caller's buffer, its parts checked as they come
     4. failover   the next owner, then any node, for the bytes that are still missing
 
 The rule: the bytes are right or there is an error. A piece that failed half-way goes on at the byte it reached.
@@ -10,70 +11,78 @@ The rule: the bytes are right or there is an error. A piece that failed half-way
 
 from __future__ import annotations
 
-import concurrent.futures
+import itertools
 import logging
 import os
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterator
 
 import pyarrow as pa
 
-from shoal import shards, transport
+from shoal import memory, shard_client, shards, transport
 from shoal.cluster import Cluster
 from shoal.cluster_map import Node
+from shoal.connection import Interrupted
 from shoal.errors import NodeUnavailable, ShoalError
 from shoal.local import TAKES_DESCRIPTOR
-from shoal.shards import Piece
+from shoal.parallel import run_parallel
+from shoal.shard_client import ShardAt
+from shoal.shards import PART_SIZE, Piece
 from shoal.snapshot import Snapshot
-from shoal.transport import Interrupted
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-U = TypeVar("U")
+#: A piece at least twice as long is received over several connections, where there are processors for them.
+STREAM_BYTES = 4 * PART_SIZE
+#: One connection fills one processor on either side, so fewer than one in four of them would gain nothing.
+MAX_STREAMS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
-#: Pieces that one process fetches at a time.
-MAX_PARALLEL = 16
 
-
-@dataclass(frozen=True, slots=True)
 class ObjectReader:
-    """Reads of one object of one snapshot. A value: threads may share it.
+    """Reads of one object of one snapshot. Never changes: threads may share it.
 
     Attributes:
         row: of the object in the snapshot.
+        size_bytes: of the object.
     """
 
-    cluster: Cluster
-    snapshot: Snapshot
-    replicas: int
-    row: int
+    __slots__ = ("_cluster", "_first_shard", "_replicas", "_shard_size", "_snapshot", "_verify", "row", "size_bytes")
 
-    @property
-    def size_bytes(self) -> int:
-        return self.snapshot.size(self.row)
+    def __init__(self, cluster: Cluster, snapshot: Snapshot, replicas: int, row: int, *, verify: bool) -> None:
+        self.row = row
+        self.size_bytes = snapshot.size(row)
+        self._cluster, self._snapshot, self._replicas, self._verify = cluster, snapshot, replicas, verify
+        self._shard_size = snapshot.shard_size
+        self._first_shard = snapshot.first_shard(row)
 
     def read_buffer(self, start: int, end: int) -> pa.Buffer:
         """Bytes [start, end), cut at the object's end, as an Arrow buffer.
 
-        Where they lie in one shard that this process has mapped, the buffer is a view of the map: no copy. Else it is
-        a new one. Either way it stays valid for as long as it is held.
+        Where they lie in one shard of the local node, the buffer is a view of the map: no copy. Else it is a new one.
+        Either way it stays valid for as long as it is held.
 
         Raises:
             ShoalError: see `shoal.errors`.
         """
         start, end = self._clip(start, end)
-        pieces = self._pieces(start, end)
+        pieces = self.pieces(start, end)
         if len(pieces) == 1:
-            whole = self._mapped(pieces[0])
-            if whole is not None:
-                return whole.slice(pieces[0].start, end - start)
-        buffer = pa.allocate_buffer(end - start)
-        self._fetch(pieces, memoryview(buffer).cast("B"))
+            return self._read_piece(pieces[0])
+        buffer = memory.allocate(end - start)
+        self._gather(pieces, memory.view(buffer))
         return buffer
+
+    def buffers(self) -> list[pa.Buffer]:
+        """The whole object as one buffer a shard, each as `read_buffer` gives it. Raises as `read_buffer`."""
+        return run_parallel(self._read_piece, self.pieces(0, self.size_bytes))
+
+    def read_bytes(self, start: int, end: int) -> bytes:
+        """Bytes [start, end), cut at the object's end, as `bytes`: received or copied once. Raises as `read_buffer`."""
+        start, end = self._clip(start, end)
+        pieces = self.pieces(start, end)
+        mapped = self.mapped(pieces[0]) if len(pieces) == 1 else None
+        if mapped is not None:
+            return memory.to_bytes(mapped)
+        return memory.make_bytes(end - start, lambda view: self._gather(pieces, view))
 
     def read_into(self, start: int, end: int, view: memoryview) -> int:
         """Receive bytes [start, end), cut at the object's end, into the beginning of `view`; return how many.
@@ -82,136 +91,189 @@ class ObjectReader:
             ShoalError: see `shoal.errors`.
         """
         start, end = self._clip(start, min(end, start + len(view)))
-        self._fetch(self._pieces(start, end), view[: end - start])
+        self._gather(self.pieces(start, end), view[: end - start])
         return end - start
+
+    def pieces(self, start: int, end: int) -> list[Piece]:
+        """The range, cut into one piece a shard."""
+        return list(shards.pieces(start, end, self.size_bytes, self._shard_size))
+
+    def mapped(self, piece: Piece) -> pa.Buffer | None:
+        """The bytes of `piece` where this process has mapped their shard; asks nobody."""
+        local = self._cluster.local
+        whole = local.maps.get((self._snapshot.digest, self.row, piece.index)) if local is not None else None
+        return None if whole is None else _slice(whole, piece)
+
+    def shard(self, index: int) -> ShardAt:
+        """Where shard `index` of the object is found."""
+        length = shards.shard_length(self.size_bytes, self._shard_size, index)
+        return ShardAt(self._snapshot.digest, self.row, index, length)
+
+    def first_owner(self, index: int) -> Node:
+        """The node that a shard is asked of first, unless another owner is nearer. Raises ClusterUnavailable."""
+        placement = self._cluster.placement(self._snapshot, self._replicas)
+        return placement.first(self._first_shard + index, self._key(index))
 
     def _clip(self, start: int, end: int) -> tuple[int, int]:
         end = min(end, self.size_bytes)
         return min(start, end), end
 
-    def _pieces(self, start: int, end: int) -> list[Piece]:
-        return list(shards.pieces(start, end, self.size_bytes, self.snapshot.shard_size))
+    def _key(self, index: int) -> shards.Key:
+        return shards.shard_key(self._snapshot.key(self.row), index)
 
-    def _fetch(self, pieces: list[Piece], view: memoryview) -> None:
+    def _read_piece(self, piece: Piece) -> pa.Buffer:
+        mapped = self.mapped(piece)
+        if mapped is not None:
+            return mapped
+        target = _Target(piece.end - piece.start)
+        whole = self._fetch(piece, target)
+        return target.buffer if whole is None else _slice(whole, piece)
+
+    def _gather(self, pieces: list[Piece], view: memoryview) -> None:
         jobs = []
         offset = 0
         for piece in pieces:
             length = piece.end - piece.start
             jobs.append((piece, view[offset : offset + length]))
             offset += length
-        run_parallel(lambda job: self._fetch_piece(*job), jobs)
+        run_parallel(lambda job: self._fill(*job), jobs)
 
-    def _target(self, index: int) -> str:
-        return f"/v1/snapshots/{self.snapshot.digest}/rows/{self.row}/shards/{index}"
+    def _fill(self, piece: Piece, view: memoryview) -> None:
+        mapped = self.mapped(piece)
+        if mapped is None:
+            whole = self._fetch(piece, _Target(len(view), view))
+            if whole is None:
+                return
+            mapped = _slice(whole, piece)
+        memory.copy(mapped, view)
 
-    def _order(self, index: int) -> tuple[Node, ...]:
-        placement = self.cluster.placement(self.snapshot, self.replicas)
-        key = shards.shard_key(self.snapshot.key(self.row), index)
-        return placement.order(self.snapshot.first_shard(self.row) + index, key)
+    def _fetch(self, piece: Piece, target: _Target) -> pa.Buffer | None:
+        """Receive `piece` into `target`; or the whole shard, mapped, where the local node passed its descriptor."""
+        cuts = self._cuts(piece)
+        if len(cuts) == 1:
+            return self._from_nodes(piece, target)
 
-    def _mapped(self, piece: Piece) -> pa.Buffer | None:
-        """The whole shard of `piece`, mapped; None where the local node does not own it or has not sealed it."""
-        local = self.cluster.local
-        if local is None:
-            return None
-        target = self._target(piece.index)
-        buffer = local.mapped(target)
-        if buffer is not None:
-            return buffer
-        if all(node.id != local.node_id for node in self._order(piece.index)[: self.replicas]):
-            return None
-        try:
-            # A byte is asked for, so that an answer without a descriptor is a byte and not the shard.
-            byte = memoryview(bytearray(1))
-            start = piece.start
-            answer = self.cluster.transport.read_into(local.address, target, start, start + 1, byte, TAKES_DESCRIPTOR)
-        except ShoalError as error:
-            log.debug("the local node did not give %s: %s", target, error)
-            return None
-        self.cluster.note_epoch(answer.epoch)
-        return local.adopt(target, answer) if answer.descriptor is not None else None
+        def fetch(cut: Piece) -> None:
+            part = target.part(cut.start - piece.start, cut.end - piece.start)
+            whole = self._from_nodes(cut, part)
+            if whole is not None:  # the local node stood in for the owner
+                memory.copy(_slice(whole, cut), part.view())
 
-    def _fetch_piece(self, piece: Piece, view: memoryview) -> None:
-        mapped = self._mapped(piece)
-        if mapped is not None:
-            view[:] = memoryview(mapped).cast("B")[piece.start : piece.end]
+        run_parallel(fetch, cuts)
+        return None
+
+    def _cuts(self, piece: Piece) -> list[Piece]:
+        """`piece`, cut for several connections where it is long and comes from another node."""
+        streams = min(MAX_STREAMS, (piece.end - piece.start) // STREAM_BYTES)
+        local = self._cluster.local
+        if streams < 2 or (local is not None and any(n.id == local.node_id for n in self._owners(piece.index))):
+            return [piece]
+        step = -(-(piece.end - piece.start) // streams // PART_SIZE) * PART_SIZE
+        edges = [piece.start, *range((piece.start // PART_SIZE) * PART_SIZE + step, piece.end, step), piece.end]
+        return [Piece(piece.index, start, end) for start, end in itertools.pairwise(edges)]
+
+    def _owners(self, index: int) -> tuple[Node, ...]:
+        placement = self._cluster.placement(self._snapshot, self._replicas)
+        return placement.order(self._first_shard + index, self._key(index))[: placement.replicas]
+
+    def _candidates(self, index: int) -> Iterator[Node]:
+        """Whom to ask, in order: the owners, the local node first of them, then everybody else by preference."""
+        placement = self._cluster.placement(self._snapshot, self._replicas)
+        ordinal, key = self._first_shard + index, self._key(index)
+        local = self._cluster.local
+        first = placement.first(ordinal, key)
+        if placement.replicas == 1 or local is None or first.id == local.node_id:
+            yield first  # mostly the end of it, and the whole order costs more than a request to the local node
+            yield from placement.order(ordinal, key)[1:]
             return
-        order = self._order(piece.index)
-        done, failure = self._fetch_from(order, piece, view, 0)
-        if failure is not None:
-            # Everybody in the map failed: a newer map may name others.
-            self.cluster.refresh_map()
-            fresh = self._order(piece.index)
-            if fresh != order:
-                done, failure = self._fetch_from(fresh, piece, view, done)
-        if failure is not None:
-            if not isinstance(failure, NodeUnavailable):
-                raise failure
-            path = self.snapshot.path(self.row)
-            raise NodeUnavailable(
-                f"no cache node gave bytes of {path!r}, {len(order)} were asked: {failure}"
-            ) from failure
+        order = placement.order(ordinal, key)
+        yield from sorted(order[: placement.replicas], key=lambda node: node.id != local.node_id)
+        yield from order[placement.replicas :]
 
-    def _fetch_from(
-        self, order: tuple[Node, ...], piece: Piece, view: memoryview, done: int
-    ) -> tuple[int, ShoalError | None]:
-        """Fetch what is missing from the first node that gives it. Returns the bytes that came, and the failure if any.
+    def _from_nodes(self, piece: Piece, target: _Target) -> pa.Buffer | None:
+        """As `_fetch`, over one connection at a time, with failover.
 
         Raises:
-            ShoalError: one that another node would repeat.
+            ShoalError: nobody gives the bytes, or a failure that another node would repeat.
         """
+        shard = self.shard(piece.index)
+        asked, epoch = 0, -1
         failure: ShoalError | None = None
-        target = self._target(piece.index)
-        local = self.cluster.local
-        for node in order:
-            address = local.address if local is not None and node.id == local.node_id else node.address
-            try:
-                answer = self.cluster.transport.read_into(address, target, piece.start + done, piece.end, view[done:])
-            except Interrupted as error:
-                done += error.received
-                failure = error
-            except ShoalError as error:
-                if not transport.is_worth_another_node(error):
-                    raise
-                failure = error
-            else:
-                self.cluster.note_epoch(answer.epoch)
-                return len(view), None
-            log.info("node %s failed, asking the next: %s", node.id, failure)
-        return done, failure
+        # Everybody in the map may have failed because a newer map names others; that is worth one more round.
+        while failure is None or self._cluster.newer_map(epoch):
+            epoch = self._cluster.map.epoch
+            for node in self._candidates(piece.index):
+                asked += 1
+                try:
+                    return self._from_node(node, shard, piece, target)
+                except Interrupted as error:
+                    target.done += error.received
+                    failure = error
+                except ShoalError as error:
+                    if not transport.is_worth_another_node(error):
+                        raise
+                    failure = error
+                log.info("node %s failed, asking the next: %s", node.id, failure)
+        if not isinstance(failure, NodeUnavailable):
+            raise failure
+        path = self._snapshot.path(self.row)
+        raise NodeUnavailable(f"no cache node gave bytes of {path!r}, {asked} were asked: {failure}") from failure
+
+    def _from_node(self, node: Node, shard: ShardAt, piece: Piece, target: _Target) -> pa.Buffer | None:
+        local = self._cluster.local
+        if local is None or node.id != local.node_id:
+            local = None
+        is_mappable = local is not None
+        while True:
+            answer = shard_client.read(
+                self._cluster.transport,
+                node.address if local is None else local.address,
+                shard,
+                piece.start + target.done,
+                piece.end,
+                target.view,
+                verify=self._verify,
+                headers=TAKES_DESCRIPTOR if is_mappable else {},
+            )
+            self._cluster.note_epoch(answer.epoch)
+            if answer.descriptor is None or local is None:
+                return None
+            whole = local.adopt(shard.id, answer)
+            if whole is not None:
+                return whole
+            is_mappable = False
 
 
-_threads: ThreadPoolExecutor | None = None
-_this_thread = threading.local()
+class _Target:
+    """Where a piece is received: `view` is what is still missing of it, allocated when bytes come."""
+
+    __slots__ = ("_buffer", "_length", "_view", "done")
+
+    def __init__(self, length: int, view: memoryview | None = None) -> None:
+        self._length = length
+        self._view = view
+        self._buffer: pa.Buffer | None = None
+        self.done = 0
+
+    @property
+    def buffer(self) -> pa.Buffer:
+        """The buffer, where none was given. Valid as long as it is held."""
+        if self._buffer is None:
+            self._buffer = memory.allocate(self._length)
+            self._view = memory.view(self._buffer)
+        return self._buffer
+
+    def view(self) -> memoryview:
+        if self._view is None:
+            _ = self.buffer
+        assert self._view is not None
+        return self._view[self.done :]
+
+    def part(self, start: int, end: int) -> _Target:
+        """A target over bytes [start, end) of this one."""
+        return _Target(end - start, self.view()[start:end])
 
 
-def run_parallel(function: Callable[[T], U], arguments: Sequence[T]) -> list[U]:
-    """Apply `function` to each argument, several at a time, and return the results in order.
-
-    The first argument is done on the calling thread. All are over when this returns, also when it raises the first
-    error, because their buffers are the caller's. Inside another such call the work is done in line: threads that wait
-    for threads of their own pool would wait for ever.
-    """
-    global _threads
-    if len(arguments) < 2 or getattr(_this_thread, "is_of_pool", False):
-        return [function(argument) for argument in arguments]
-    if _threads is None:
-        _threads = ThreadPoolExecutor(MAX_PARALLEL, thread_name_prefix="shoal-read", initializer=_mark_thread)
-    futures = [_threads.submit(function, argument) for argument in arguments[1:]]
-    try:
-        first = function(arguments[0])
-    finally:
-        concurrent.futures.wait(futures)
-    return [first, *(future.result() for future in futures)]
-
-
-def _mark_thread() -> None:
-    _this_thread.is_of_pool = True
-
-
-def _after_fork_in_child() -> None:
-    global _threads
-    _threads = None  # its threads stayed in the parent
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
+def _slice(whole: pa.Buffer, piece: Piece) -> pa.Buffer:
+    length = piece.end - piece.start
+    return whole if length == whole.size else whole.slice(piece.start, length)

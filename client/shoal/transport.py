@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
 import time
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import httptools
 
 from shoal import errors
+from shoal.connection import Answer, Connection, Interrupted, MakeCheck, MakeView, StaleConnection, format_request
 from shoal.errors import NodeUnavailable, ShoalError
 from shoal.wire import http_errors
 
@@ -32,36 +33,6 @@ READ_TIMEOUT_S = 60.0
 #: A kept connection idle for longer is not used again: the server closes its end after 120 s.
 MAX_IDLE_S = 60.0
 MAX_IDLE_PER_ADDRESS = 16
-_HEAD_BUFFER = 16 << 10
-
-
-class Interrupted(NodeUnavailable):
-    """The connection failed after `received` bytes of the body."""
-
-    def __init__(self, sentence: str, received: int) -> None:
-        super().__init__(sentence)
-        self.received = received
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A response without its body, if that went into the caller's buffer.
-
-    Attributes:
-        headers: names in lower case.
-        body: whole body; empty where it was received into a buffer or replaced by a descriptor.
-        descriptor: file descriptor that the caller now owns, or None.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes = b""
-    descriptor: int | None = None
-
-    @property
-    def epoch(self) -> int:
-        text = self.headers.get("shoal-epoch", "0")
-        return int(text) if text.isdigit() else 0
 
 
 class Transport:
@@ -75,7 +46,7 @@ class Transport:
 
     def _forget(self) -> None:
         self._lock = threading.Lock()  # guards _idle
-        self._idle: dict[str, list[_Connection]] = defaultdict(list)
+        self._idle: dict[str, list[Connection]] = defaultdict(list)
 
     def close(self) -> None:
         """Close idle connections; those in use close when they are done."""
@@ -86,51 +57,42 @@ class Transport:
                 connection.close()
 
     def get(
-        self, address: str, target: str, headers: Mapping[str, str] | None = None, *, method: str = "GET"
-    ) -> Answer:
-        """Fetch a whole resource.
-
-        Raises:
-            NodeUnavailable: nothing, or not all of it, came.
-            ShoalError: the class the server named.
-        """
-        return self._request(address, method, target, headers or {}, None)
-
-    def read_into(
         self,
         address: str,
         target: str,
-        start: int,
-        end: int,
-        buffer: memoryview,
         headers: Mapping[str, str] | None = None,
+        *,
+        method: str = "GET",
+        content: bytes | None = None,
+        make_view: MakeView | None = None,
+        make_check: MakeCheck | None = None,
     ) -> Answer:
-        """Receive bytes [start, end) of a resource into `buffer`, which has just that length.
+        """Ask for a resource.
+
+        Args:
+            method, content: GET without a body, unless the resource wants it otherwise.
+            make_view, make_check: where the body goes and how it is checked; see `Connection.exchange`.
 
         Raises:
-            Interrupted: the connection failed in the middle; the first `received` bytes are in the buffer.
+            Interrupted: the connection failed in the middle; the first `received` bytes are in the view.
             NodeUnavailable: no answer.
+            ShardCorrupt: the body does not match its checksums.
             ShoalError: the class the server named.
         """
-        ranged = {"Range": f"bytes={start}-{end - 1}", **(headers or {})}
-        return self._request(address, "GET", target, ranged, buffer)
-
-    def _request(
-        self, address: str, method: str, target: str, headers: Mapping[str, str], buffer: memoryview | None
-    ) -> Answer:
-        head = _format_request(address, method, target, headers)
+        request = format_request(address, method, target, headers or {}, content)
         while True:
             connection = self._take(address)
             try:
-                answer = connection.exchange(head, method, buffer)
-            except _StaleConnection:
+                answer = connection.exchange(request, method, make_view, make_check)
+            except StaleConnection:
                 continue  # the server had closed a kept connection: nothing was asked yet, so ask again
             except Interrupted:
                 connection.close()
                 raise
             except OSError as error:
                 connection.close()
-                raise NodeUnavailable(f"{address} does not answer: {error or type(error).__name__}") from error
+                reason = "no answer within the time limit" if isinstance(error, BlockingIOError) else error
+                raise NodeUnavailable(f"{address} does not answer: {reason or type(error).__name__}") from error
             except (httptools.HttpParserError, KeyError, ValueError) as error:  # KeyError: no Content-Length
                 connection.close()
                 raise NodeUnavailable(f"{address} does not speak HTTP as Shoal does: {error}") from error
@@ -146,7 +108,11 @@ class Transport:
                 raise http_errors.from_response(answer.status, name, answer.body.decode("utf-8", "replace"))
             return answer
 
-    def _take(self, address: str) -> _Connection:
+    def read_into(self, address: str, target: str, start: int, end: int, view: memoryview) -> Answer:
+        """Receive bytes [start, end) of a resource into `view`, which has just that length. Raises as `get`."""
+        return self.get(address, target, {"Range": f"bytes={start}-{end - 1}"}, make_view=lambda: view)
+
+    def _take(self, address: str) -> Connection:
         now = time.monotonic()
         while True:
             with self._lock:
@@ -158,7 +124,7 @@ class Transport:
                 return connection
             connection.close()
 
-    def _give_back(self, address: str, connection: _Connection) -> None:
+    def _give_back(self, address: str, connection: Connection) -> None:
         connection.idle_since = time.monotonic()
         with self._lock:
             idle = self._idle[address]
@@ -167,7 +133,7 @@ class Transport:
                 return
         connection.close()
 
-    def _connect(self, address: str) -> _Connection:
+    def _connect(self, address: str) -> Connection:
         try:
             if address.startswith("unix:"):
                 sock = socket.socket(socket.AF_UNIX)
@@ -184,8 +150,12 @@ class Transport:
         except (OSError, ValueError, OverflowError) as error:
             reason = "no answer within the time limit" if isinstance(error, TimeoutError) else error
             raise NodeUnavailable(f"cannot connect to {address}: {reason}") from error
-        sock.settimeout(self._read_timeout_s)
-        return _Connection(sock)
+        # Blocking, with the kernel's own time limit: a Python timeout would poll before every call.
+        sock.settimeout(None)
+        limit = struct.pack("ll", int(self._read_timeout_s), int(self._read_timeout_s % 1 * 1e6))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, limit)
+        return Connection(sock)
 
 
 _transports: weakref.WeakSet[Transport] = weakref.WeakSet()
@@ -198,106 +168,6 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _format_request(address: str, method: str, target: str, headers: Mapping[str, str]) -> bytes:
-    host = "localhost" if address.startswith("unix:") else address
-    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", *(f"{name}: {value}" for name, value in headers.items())]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-
-class _StaleConnection(Exception):
-    """A kept connection turned out to be closed before any byte of an answer came."""
-
-
-@dataclass(slots=True)
-class _Head:
-    """httptools' callbacks for one response head."""
-
-    headers: dict[str, str] = field(default_factory=dict)
-    is_complete: bool = False
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
-
-    def on_headers_complete(self) -> None:
-        self.is_complete = True
-
-
-class _Connection:
-    """One socket and its exchange of one request for one answer."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._is_fresh = True
-        self.idle_since = 0.0
-        self.reusable = True
-
-    def close(self) -> None:
-        self._sock.close()
-
-    def exchange(self, request: bytes, method: str, buffer: memoryview | None) -> Answer:
-        try:
-            self._sock.sendall(request)
-            data, descriptor = self._first_bytes()
-        except (BrokenPipeError, ConnectionResetError) as error:
-            if self._is_fresh:
-                raise
-            self.close()
-            raise _StaleConnection from error
-        if not data:
-            if self._is_fresh:
-                raise ConnectionResetError("it closed the connection without an answer")
-            self.close()
-            raise _StaleConnection
-        self._is_fresh = False
-        try:
-            return self._answer(data, method, buffer, descriptor)
-        except BaseException:
-            if descriptor is not None:
-                os.close(descriptor)
-            raise
-
-    def _first_bytes(self) -> tuple[bytes, int | None]:
-        if self._sock.family != socket.AF_UNIX:
-            return self._sock.recv(_HEAD_BUFFER), None
-        data, descriptors, _, _ = socket.recv_fds(self._sock, _HEAD_BUFFER, 1)
-        return data, descriptors[0] if descriptors else None
-
-    def _answer(self, data: bytes, method: str, buffer: memoryview | None, descriptor: int | None) -> Answer:
-        while (end := data.find(b"\r\n\r\n")) < 0:
-            more = self._sock.recv(_HEAD_BUFFER)
-            if not more or len(data) > 4 * _HEAD_BUFFER:
-                raise ConnectionResetError("it closed the connection within the head of an answer")
-            data += more
-        head = _Head()
-        parser = httptools.HttpResponseParser(head)
-        parser.feed_data(data[: end + 4])
-        status = parser.get_status_code()
-        rest = memoryview(data)[end + 4 :]
-        self.reusable = head.headers.get("connection", "").lower() != "close"
-        length = 0 if method == "HEAD" else int(head.headers["content-length"])
-        if buffer is not None and status < 400 and descriptor is None:
-            if length != len(buffer):
-                raise ConnectionResetError(f"it answered {length} bytes where {len(buffer)} were asked for")
-            self._receive(rest, buffer)
-            return Answer(status, head.headers)
-        body = bytearray(length)
-        self._receive(rest, memoryview(body))
-        return Answer(status, head.headers, bytes(body), descriptor)
-
-    def _receive(self, rest: memoryview, buffer: memoryview) -> None:
-        """Fill `buffer` from `rest`, then from the socket. The one copy here is the kernel's, but for a head's tail."""
-        received, length = len(rest), len(buffer)
-        buffer[:received] = rest
-        try:
-            while received < length:
-                count = self._sock.recv_into(buffer[received:])
-                if count == 0:
-                    raise ConnectionResetError("it closed the connection within the body")
-                received += count
-        except OSError as error:
-            raise Interrupted(f"the connection failed after {received} of {length} bytes: {error}", received) from error
 
 
 def is_worth_another_node(error: ShoalError) -> bool:

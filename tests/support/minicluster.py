@@ -18,12 +18,11 @@ from shoal.cluster_map import ClusterMap
 from shoal.datasets import DatasetRecord
 from shoal.errors import OriginChanged, OriginUnavailable
 from shoal.filesystem import ShoalFileSystem
-from shoal.origin import ObjectInfo
+from shoal.origin import ObjectInfo, Sink
 from shoal.snapshot import Snapshot
-from shoal.wire import routes
+from shoal.wire import batch, routes
 from shoal.wire.http_server import HttpServer
-from shoal_cachenode import metrics
-from shoal_cachenode.data_plane import DataPlane
+from shoal_cachenode import data_routes, metrics
 from shoal_cachenode.library import Knowledge, KnownDataset
 from shoal_cachenode.node import CacheNode, Config
 from shoal_cachenode.view import NodeView
@@ -61,6 +60,11 @@ class DictOrigin:
         with self._lock:
             self.reads.append((path, start, end))
         return self.objects[path][start:end]
+
+    def stream(self, path: str, version: str, start: int, end: int, sink: Sink) -> None:
+        data = memoryview(self.read(path, version, start, end))
+        for offset in range(0, len(data), 24):  # in pieces, as a real one does
+            sink(data[offset : offset + 24])
 
     def close(self) -> None:
         pass
@@ -124,7 +128,9 @@ class MiniCluster:
         (config.data_dir / "snapshots" / path.name).write_bytes(path.read_bytes())
         view = NodeView(node, SimpleNamespace(is_connected=True))  # type: ignore[arg-type]
         server = HttpServer(
-            routes.make_handler(view, lambda: metrics.exposition(node, server), DataPlane(node)), epoch=view.epoch
+            routes.make_handler(view, lambda: metrics.exposition(node, server), data_routes.make_handler(node)),
+            epoch=view.epoch,
+            max_body=batch.MAX_REQUEST_BYTES,
         )
         node.address = f"127.0.0.1:{await server.listen_tcp('127.0.0.1', 0)}"
         await server.listen_unix(self._socket(len(self.nodes)))

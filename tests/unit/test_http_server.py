@@ -13,9 +13,10 @@ import pytest
 
 from shoal.errors import InvalidRequest, NodeUnavailable, NotCached, NotFound, OriginChanged, ShoalError
 from shoal.transport import Interrupted, Transport
-from shoal.wire import http_server
+from shoal.wire import http_connection
 from shoal.wire.byte_range import ByteRange, RangeNotSatisfiable
-from shoal.wire.http_server import FileSlice, HttpServer, Request, Response
+from shoal.wire.http_messages import FileSlice, Request, Response
+from shoal.wire.http_server import HttpServer
 
 PAYLOAD = bytes(range(256)) * 2000
 
@@ -224,7 +225,7 @@ def test_pipelined_requests_are_answered_in_order(served: Served) -> None:
 
 
 def test_idle_connection_is_closed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "IDLE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(http_connection, "IDLE_TIMEOUT_S", 0.01)
     with socket.create_connection(("127.0.0.1", served.port), timeout=10) as sock:
         assert sock.recv(1) == b""
 

@@ -24,7 +24,7 @@ from shoal.errors import (
     ShoalError,
 )
 from shoal.origin import Deadlines, generic, open_origin
-from tests.support.origin_contract import OriginContract, Place, content, rows
+from tests.support.origin_contract import OriginContract, Pieces, Place, content, rows
 
 IMPATIENT = Deadlines(contact_s=0.3, read_s=0.3, connect_s=0.2, idle_s=0.2)
 
@@ -150,25 +150,44 @@ def test_a_change_during_the_read_is_noticed(described: type[Described], monkeyp
         return data
 
     monkeypatch.setattr(Described, "cat_file", read_and_change)
+    sink = Pieces()
     with pytest.raises(OriginChanged, match="described://r/x has changed since"):
-        open_origin("described://r", {}).read("x", "etag:old", 0, 100)
+        open_origin("described://r", {}).stream("x", "etag:old", 0, 100, sink)
+    assert not sink.pieces
 
 
 def test_short_bodies_are_tried_again(described: type[Described], monkeypatch: pytest.MonkeyPatch) -> None:
     described.infos = {"/r/x": {"size": 100, "etag": "e"}}
     read = Described.cat_file
-    cut = [3, 50]
+    sizes = [50, 0, 7]
+    asked: list[tuple[int, int]] = []
 
-    def cut_off(self: Described, path: str, **kwargs: Any) -> bytes:
-        data = read(self, path, **kwargs)
-        return data[: cut.pop()] if cut else data
+    def cut_off(self: Described, path: str, *, start: int, end: int) -> bytes:
+        asked.append((start, end))
+        data = read(self, path, start=start, end=end)
+        return data[: sizes.pop(0)] if sizes else data
 
     monkeypatch.setattr(Described, "cat_file", cut_off)
-    deadlines = Deadlines(read_s=60, idle_s=0)
-    assert bytes(open_origin("described://r", {}, deadlines=deadlines).read("x", "etag:e", 0, 80)) == content(100)[:80]
-    cut[:] = [3] * 1000
-    with pytest.raises(OriginUnavailable, match="sent 3 bytes of described://r/x where 80 were asked"):
+    sink = Pieces()
+    patient = open_origin("described://r", {}, deadlines=Deadlines(read_s=60, idle_s=0))
+    patient.stream("x", "etag:e", 10, 90, sink)
+    assert sink.data == content(100)[10:90]
+    assert asked == [(10, 90), (60, 90), (60, 90), (67, 90)], "from the byte reached"
+    sizes[:] = [0] * 1000
+    with pytest.raises(OriginUnavailable, match="sent 0 bytes of described://r/x where 80 were asked"):
         open_origin("described://r", {}, deadlines=IMPATIENT).read("x", "etag:e", 0, 80)
+
+
+def test_more_than_was_asked_for_is_an_error_at_once(
+    described: type[Described], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described.infos = {"/r/x": {"size": 100, "etag": "e"}}
+    monkeypatch.setattr(Described, "cat_file", lambda *_, **__: content(81))
+    sink = Pieces()
+    with pytest.raises(OriginError, match="sent more of described://r/x than the 80 bytes asked for") as caught:
+        open_origin("described://r", {}).stream("x", "etag:e", 0, 80, sink)
+    assert type(caught.value) is OriginError
+    assert not sink.pieces
 
 
 @pytest.mark.parametrize(

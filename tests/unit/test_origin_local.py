@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from shoal.errors import InvalidRequest, OriginChanged, OriginDenied, OriginError, OriginNotFound
-from shoal.origin import base, local, open_origin
-from tests.support.origin_contract import OriginContract, Place, rows
+from shoal.origin import base, local, open_origin, pieces
+from tests.support.origin_contract import LARGE_BYTES, OriginContract, Pieces, Place, content, rows
 
 
 class Directory:
@@ -137,6 +137,38 @@ def test_a_file_that_changes_while_it_is_read(place: Directory, monkeypatch: pyt
     monkeypatch.setattr(os, "preadv", write_after)
     with pytest.raises(OriginChanged, match="has changed"):
         origin.read("x", version, 0, 100)
+
+
+def test_a_step_of_a_changed_file_is_not_handed_on(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "STEP_BYTES", 30)
+    place.write("x", content(100))
+    origin = open_origin(place.url, {})
+    version, sink = rows(origin)["x"].version, Pieces()
+    read = os.preadv
+
+    def write_before_the_third(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if offset == 60:
+            place.write("x", content(100, seed=1))
+        return read(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", write_before_the_third)
+    with pytest.raises(OriginChanged, match="has changed"):
+        origin.stream("x", version, 0, 100, sink)
+    assert sink.pieces == [content(100)[:30], content(100)[30:60]]
+
+
+def test_a_stream_leaves_no_file_open(place: Directory) -> None:
+    place.write("x", content(LARGE_BYTES))
+    origin = open_origin(place.url, {})
+    version = rows(origin)["x"].version
+
+    def refuse(_: memoryview) -> None:
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError):
+        origin.stream("x", version, 0, LARGE_BYTES, refuse)
+    opened = [os.path.realpath(each) for each in Path("/proc/self/fd").iterdir()]
+    assert str(place.root / "x") not in opened
 
 
 def test_short_reads_are_continued(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:

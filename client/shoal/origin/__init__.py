@@ -1,12 +1,12 @@
 """Origins: where datasets really live, behind one seam.
 
-    open_origin(url, storage_options)   any fsspec URL as an `Origin`: `list` it for a snapshot, `read` parts of it
+    open_origin(url, storage_options)   any fsspec URL as an `Origin`: `list` it for a snapshot, `stream` or `read` it
     parse_options, resolve_options, redact   what people pass as storage options
 
 Importing this package imports no origin's library; opening an origin imports the one it needs.
 """
 
-from shoal.origin.base import Deadlines, ObjectInfo, Origin, key_path
+from shoal.origin.base import Deadlines, ObjectInfo, Origin, Sink, key_path
 from shoal.origin.opening import open_origin
 from shoal.origin.options import parse_options, redact, redact_url, resolve_options
 from shoal.origin.urls import OriginUrl
@@ -17,6 +17,7 @@ __all__ = [
     "ObjectInfo",
     "Origin",
     "OriginUrl",
+    "Sink",
     "key_path",
     "open_origin",
     "parse_options",

@@ -7,7 +7,7 @@ module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 #: Rows in one batch of a listing, and keys in one page of an S3 answer.
 PAGE_ROWS = 1000
+
+Sink = Callable[[memoryview], None]
+"""Takes the next piece of a range. The view, of format "B", is valid only during the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,20 @@ class Origin(Protocol):
         """
         ...
 
+    def stream(self, path: str, version: str, start: int, end: int, sink: Sink) -> None:
+        """Hand bytes [start, end) of `version` to `sink` as they come, in order, without a gap and each once. Blocks.
+
+        `sink` is called in the calling thread, the first time as soon as some bytes are here. Pieces are of 1 MiB at
+        most, but for origins that can be checked only whole: those hand over the range in one piece. A failure in the
+        middle is retried from the byte reached, at the same version, until the deadline of a read, which starts with
+        the call; the time that `sink` takes is part of it. What `sink` raises goes through unchanged and ends the read.
+
+        Raises:
+            OriginChanged: as `read`. Bytes of `version` may have been handed over before, of another never.
+            OriginDenied, OriginUnavailable, OriginError: the origin's own answer.
+        """
+        ...
+
     def close(self) -> None:
         """Let go of connections. Nothing may be called afterwards."""
         ...
@@ -148,6 +165,11 @@ def wrong_length(url: str, got_bytes: int, wanted_bytes: int, service: str) -> O
         f"{service} sent {got_bytes} bytes of {url} where {wanted_bytes} were asked for: the connection is bad, try "
         "later"
     )
+
+
+def unusable(url: str, service: str, reason: str) -> OriginUnavailable:
+    """The error for an answer that is not to the question, such as another range; worth another attempt."""
+    return OriginUnavailable(f"{service} gave an answer for {url} that cannot be used ({reason}): try later")
 
 
 def nothing_there(url: str, bucket: str, service: str) -> OriginNotFound:

@@ -1,7 +1,8 @@
 """Every other fsspec protocol, through the file system that fsspec has for it.
 
 fsspec promises no conditional read, so the version is looked up *after* each read: what still has the version then had
-it while it was read. That is one `info` a read, the price of never mixing versions.
+it while it was read. That is one `info` a read, the price of never mixing versions, and why a range is handed over in
+one piece.
 
 A version is the first of `_VERSION_FIELDS` that a file's description has, with that field's name in front, because the
 listing and `info` of one file system may describe a file differently and only equal fields may be compared.
@@ -9,6 +10,7 @@ listing and `info` of one file system may describe a file differently and only e
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +23,8 @@ import xxhash
 from fsspec.registry import known_implementations
 
 from shoal.errors import InvalidRequest, OriginError, OriginNotFound, OriginUnavailable, ShoalError
-from shoal.origin import base, failures, urls
-from shoal.origin.base import Deadlines, ObjectInfo
+from shoal.origin import base, failures, pieces, urls
+from shoal.origin.base import Deadlines, ObjectInfo, Sink
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -181,21 +183,29 @@ class GenericOrigin:
 
     def read(self, path: str, version: str, start: int, end: int) -> Buffer:
         """See `Origin.read`."""
+        return pieces.collected(self, path, version, start, end)
+
+    def stream(self, path: str, version: str, start: int, end: int, sink: Sink) -> None:
+        """See `Origin.stream`. One piece, since the version is known after the bytes and each look-up is a request."""
         url = urls.join(self.url, path)
-        base.check_range(url, start, end)
-        if start == end:
-            return b""
         name = f"{self._root.rstrip('/')}/{path}" if path else self._root
 
-        def once() -> Buffer:
-            return self._read(url, name, version, start, end)
+        def attempt(reached: int) -> pieces.Pieces:
+            return self._pieces(url, name, version, reached, end)
 
+        pieces.stream(attempt, start, end, sink, url=url, service=self._service, deadlines=self._deadlines)
+
+    def _pieces(self, url: str, name: str, version: str, start: int, end: int) -> pieces.Pieces:
         try:
-            return self._attempt(self._deadlines.read_s, once)
+            with self._converted():
+                body = self._checked(url, name, version, start, end)
         except OriginNotFound as error:
             raise base.changed(url, "was removed") from error
+        if body:
+            yield memoryview(body)
 
-    def _read(self, url: str, name: str, version: str, start: int, end: int) -> Buffer:
+    def _checked(self, url: str, name: str, version: str, start: int, end: int) -> bytes:
+        """[start, end) as far as it came, known to be of `version`."""
         body: bytes = self._filesystem.cat_file(name, start=start, end=end)
         self._filesystem.invalidate_cache()
         info = self._filesystem.info(name)
@@ -208,20 +218,23 @@ class GenericOrigin:
             raise OriginError(
                 f"{self._service} sends all of {url} where a range was asked: Shoal needs a server that honours ranges"
             )
-        if len(body) != end - start:
-            raise base.wrong_length(url, len(body), end - start, self._service)
         return body
 
     def _attempt(self, deadline_s: float, call: Callable[[], T]) -> T:
         def converted() -> T:
-            try:
+            with self._converted():
                 return call()
-            except ShoalError:
-                raise
-            except Exception as error:  # whatever a file system of other people raises
-                raise to_error(error, url=self.url, service=self._service) from error
 
         return self._deadlines.attempts(deadline_s)(converted)
+
+    @contextlib.contextmanager
+    def _converted(self) -> Iterator[None]:
+        try:
+            yield
+        except ShoalError:
+            raise
+        except Exception as error:  # whatever a file system of other people raises
+            raise to_error(error, url=self.url, service=self._service) from error
 
     def close(self) -> None:
         """See `Origin.close`. The file system closes its connections when it is collected."""

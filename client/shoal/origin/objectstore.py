@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from obstore import exceptions
 
-from shoal.errors import InvalidRequest, OriginDenied, OriginNotFound, OriginUnavailable, ShoalError
-from shoal.origin import base, failures, urls
-from shoal.origin.base import Deadlines, ObjectInfo
+from shoal.errors import InvalidRequest, OriginDenied, OriginNotFound, ShoalError
+from shoal.origin import base, failures, pieces, urls
+from shoal.origin.base import Deadlines, ObjectInfo, Sink
 
 if TYPE_CHECKING:
+    from obstore import GetResult
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
     from typing_extensions import Buffer
 
@@ -94,7 +95,7 @@ class ObjectStoreOrigin:
             make_store(client, _retries(deadlines.retry_s(deadline_s)))
             for deadline_s in (deadlines.contact_s, deadlines.read_s)
         )
-        # A read is retried as a whole here, its body included, which obstore's own retries leave out.
+        # Reads are retried here, their bodies included, which obstore's own retries leave out.
         self._reader = make_store(client, {"max_retries": 0})
 
     # -- listing ---------------------------------------------------------------------------------------------------
@@ -183,15 +184,38 @@ class ObjectStoreOrigin:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def read(self, path: str, version: str, start: int, end: int) -> Buffer:
-        """See `Origin.read`. The buffer is obstore's own memory, without a copy in Python."""
+        """See `Origin.read`. The buffer is obstore's own memory: collecting a stream costs a fifth more CPU."""
         url = urls.join(self.url, path)
         base.check_range(url, start, end)
         if start == end:
             return b""
         attempts = self._deadlines.attempts(self._deadlines.read_s)
-        return attempts(self._read, url, base.key_path(self.key_prefix, path), version, start, end)
+        return attempts(self._whole, url, base.key_path(self.key_prefix, path), version, start, end)
 
-    def _read(self, url: str, key: str, version: str, start: int, end: int) -> Buffer:
+    def stream(self, path: str, version: str, start: int, end: int, sink: Sink) -> None:
+        """See `Origin.stream`."""
+        url, key = urls.join(self.url, path), base.key_path(self.key_prefix, path)
+
+        def attempt(reached: int) -> pieces.Pieces:
+            return self._pieces(url, key, version, reached, end)
+
+        pieces.stream(attempt, start, end, sink, url=url, service=self._service, deadlines=self._deadlines)
+
+    def _whole(self, url: str, key: str, version: str, start: int, end: int) -> Buffer:
+        with self._answer(url, key, version, start, end) as answer:
+            body = answer.bytes()
+        if len(body) != end - start:
+            raise base.wrong_length(url, len(body), end - start, self._service)
+        return body
+
+    def _pieces(self, url: str, key: str, version: str, start: int, end: int) -> pieces.Pieces:
+        with self._answer(url, key, version, start, end) as answer:
+            for piece in answer.stream(min_chunk_size=pieces.MIN_BYTES):
+                yield memoryview(piece)
+
+    @contextlib.contextmanager
+    def _answer(self, url: str, key: str, version: str, start: int, end: int) -> Iterator[GetResult]:
+        """The answer to one request for [start, end), its body still to come. What obstore raises is converted."""
         try:
             with self._converted(url):
                 answer = self._reader.get(key, options={"if_match": base.if_match(version), "range": (start, end)})
@@ -199,12 +223,9 @@ class ObjectStoreOrigin:
                     raise base.changed(url, "has changed")
                 if answer.meta["size"] < end:
                     raise base.changed(url, "has become shorter")
-                body = answer.bytes()
+                yield answer
         except OriginNotFound as error:
             raise base.changed(url, "was removed") from error
-        if len(body) != end - start:
-            raise base.wrong_length(url, len(body), end - start, self._service)
-        return body
 
     def close(self) -> None:
         """See `Origin.close`. Connections go with the stores."""
@@ -237,9 +258,7 @@ def to_error(error: Exception, *, url: str, bucket: str, service: str, hint: str
         failure = failures.Failure(int(status[1]), code[1] if code else "")
     elif type(error) not in _STATUS_OF and _NO_ANSWER not in head:
         # obstore takes answers apart and refuses what it cannot use, such as another range than the one asked.
-        return OriginUnavailable(
-            f"{service} gave an answer for {url} that cannot be used ({_first_line(head)}): try later"
-        )
+        return base.unusable(url, service, _first_line(head))
     else:
         failure = failures.Failure(_STATUS_OF.get(type(error), 0), reason=failures.words_for([head, details]))
     return failures.to_error(failure, url=url, bucket=bucket, service=service)

@@ -8,14 +8,14 @@ The rule is obstore's: a version is an ETag, and each read carries it as If-Matc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import fsspec.asyn
 
 from shoal.errors import InvalidRequest, OriginNotFound, ShoalError
-from shoal.origin import base, failures, urls
-from shoal.origin.base import Deadlines, ObjectInfo
+from shoal.origin import base, failures, pieces, urls
+from shoal.origin.base import Deadlines, ObjectInfo, Sink
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -72,30 +72,34 @@ class S3fsOrigin:
 
     def read(self, path: str, version: str, start: int, end: int) -> Buffer:
         """See `Origin.read`."""
-        url = urls.join(self.url, path)
-        base.check_range(url, start, end)
-        if start == end:
-            return b""
-        attempts = self._deadlines.attempts(self._deadlines.read_s)
-        return attempts(self._read, url, base.key_path(self.key_prefix, path), version, start, end)
+        return pieces.collected(self, path, version, start, end)
 
-    def _read(self, url: str, key: str, version: str, start: int, end: int) -> bytes:
+    def stream(self, path: str, version: str, start: int, end: int, sink: Sink) -> None:
+        """See `Origin.stream`. A body taken as it comes costs less than one that aiohttp puts together."""
+        url, key = urls.join(self.url, path), base.key_path(self.key_prefix, path)
+
+        def attempt(reached: int) -> pieces.Pieces:
+            return self._pieces(url, key, version, reached, end)
+
+        pieces.stream(attempt, start, end, sink, url=url, service=self._service, deadlines=self._deadlines)
+
+    def _pieces(self, url: str, key: str, version: str, start: int, end: int) -> pieces.Pieces:
+        loop = self._filesystem.loop
+        body = self._body(url, key, version, start, end)
         try:
-            e_tag, size, body = fsspec.asyn.sync(self._filesystem.loop, self._get, key, version, start, end)
+            while piece := fsspec.asyn.sync(loop, anext, body, b""):
+                yield memoryview(piece)
+        except ShoalError:
+            raise
         except Exception as error:  # whatever s3fs, botocore and aiohttp raise is converted
             converted = self._converted(error, url)
             if isinstance(converted, OriginNotFound):
                 converted = base.changed(url, "was removed")
             raise converted from error
-        if base.e_tag_version(e_tag, url) != version:
-            raise base.changed(url, "has changed")
-        if size is not None and size < end:
-            raise base.changed(url, "has become shorter")
-        if len(body) != end - start:
-            raise base.wrong_length(url, len(body), end - start, self._service)
-        return bytes(body)
+        finally:
+            fsspec.asyn.sync(loop, body.aclose)
 
-    async def _get(self, key: str, version: str, start: int, end: int) -> tuple[str | None, int | None, bytes]:
+    async def _body(self, url: str, key: str, version: str, start: int, end: int) -> AsyncGenerator[bytes, None]:
         answer = await self._filesystem._call_s3(
             "get_object",
             Bucket=self._bucket,
@@ -105,8 +109,18 @@ class S3fsOrigin:
             **self._filesystem.req_kw,
         )
         async with answer["Body"] as body:
-            _, _, total = answer.get("ContentRange", "").rpartition("/")
-            return answer.get("ETag"), int(total) if total.isdigit() else None, await body.read()
+            if base.e_tag_version(answer.get("ETag"), url) != version:
+                raise base.changed(url, "has changed")
+            given = answer.get("ContentRange", "")
+            span, _, total = given.rpartition("/")
+            if total.isdigit() and int(total) < end:
+                raise base.changed(url, "has become shorter")
+            if span != f"bytes {start}-{end - 1}":
+                raise base.unusable(
+                    url, self._service, f"asked for bytes {start} to {end}, got {given or 'everything'!r}"
+                )
+            while piece := await _next_piece(body):
+                yield piece
 
     def _call(self, url: str, deadline_s: float, method: str, **request: Any) -> dict[str, Any]:
         """One S3 call, with attempts until `deadline_s`."""
@@ -126,6 +140,16 @@ class S3fsOrigin:
     def close(self) -> None:
         """See `Origin.close`. s3fs closes its connections when its file system is collected."""
         del self._filesystem
+
+
+async def _next_piece(body: Any) -> bytes:
+    """What has come, once it is enough to be worth a change of threads; b"" at the end."""
+    parts: list[bytes] = []
+    size_bytes = 0
+    while size_bytes < pieces.MIN_BYTES and (part := await body.read(pieces.STEP_BYTES)):
+        parts.append(part)
+        size_bytes += len(part)
+    return b"".join(parts)
 
 
 def to_error(error: Exception, *, url: str, bucket: str, service: str) -> ShoalError:

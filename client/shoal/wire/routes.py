@@ -16,7 +16,8 @@ from shoal import datasets
 from shoal.datasets import DatasetRecord
 from shoal.errors import DatasetNotFound, InvalidRequest, NotFound
 from shoal.wire.byte_range import ByteRange
-from shoal.wire.http_server import FileSlice, Handler, Request, Response
+from shoal.wire.http_messages import FileSlice, Request, Response
+from shoal.wire.http_server import Handler, MethodNotAllowed
 
 JSON = "application/json"
 ARROW_FILE = "application/vnd.apache.arrow.file"
@@ -60,7 +61,10 @@ def make_handler(
     """
 
     async def handle(request: Request) -> Response:
-        match request.path.split("/")[1:]:
+        parts = request.path.split("/")[1:]
+        if request.method == "POST" and not (otherwise is not None and parts[-1] == "ranges"):
+            raise MethodNotAllowed("POST", "GET, HEAD")
+        match parts:
             case ["v1", "snapshots", digest]:
                 return await _snapshot(view, request, digest)
             case ["v1", "snapshots", *_] if otherwise is not None:

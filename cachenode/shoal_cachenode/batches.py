@@ -1,0 +1,157 @@
+"""Answers to batches: many small ranges of one snapshot, one after the other in one body (`shoal.wire.batch`).
+
+Ranges of sealed shards are read in a thread, a run of them at a time: one `pread` a range is cheaper than one
+`sendfile`, and the run is one buffer to send. A range of any other shard takes the way of an ordinary read; the fills
+that a batch needs begin at once, so that they run beside each other.
+
+The rule: everything is looked up before the first byte, so that a wrong batch is a status; after it, bytes come in
+order or the connection is cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from shoal.errors import InvalidRequest, ShardCorrupt, ShoalError
+from shoal.shards import Key
+from shoal.wire import batch
+from shoal.wire.batch import ShardRange
+from shoal.wire.byte_range import ByteRange
+from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
+from shoal_cachenode.data_plane import BINARY, DataPlane
+from shoal_cachenode.fill import DiskFailed
+from shoal_cachenode.library import ShardSpec
+from shoal_cachenode.shard_file import ShardHeader
+from shoal_cachenode.store import AlreadySealed, Store, StoreFull
+
+log = logging.getLogger(__name__)
+
+#: Bytes and ranges read in one go: the memory of a batch.
+RUN_BYTES = 1 << 20
+RUN_RANGES = 512
+#: Fills that one batch begins at a time.
+FILLS_BEGUN = 16
+
+Pieces = AsyncIterator[Buffer | FileSlice]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One range of a shard that is sealed."""
+
+    key: Key
+    start: int
+    length: int
+
+
+class Batches:
+    """The handler of ``/v1/snapshots/{digest}/ranges``."""
+
+    def __init__(self, plane: DataPlane, store: Store) -> None:
+        self._plane = plane
+        self._store = store
+
+    async def __call__(self, request: Request, digest: str) -> Response:
+        ranges = batch.decode(request.body)
+        specs: dict[tuple[int, int], ShardSpec] = {}
+        for each in ranges:
+            place = each.row, each.index
+            spec = specs.get(place)
+            if spec is None:
+                spec = specs[place] = await self._plane.find(digest, *place)
+            if each.start + each.length > spec.size_bytes:
+                raise InvalidRequest(f"shard {place} has {spec.size_bytes} bytes: a range ends past them")
+        length = sum(each.length for each in ranges) + batch.SUM_BYTES * len(ranges)
+        body = self._body(ranges, specs, forwarded="via" in request.headers)
+        return Response(200, {"Content-Type": BINARY}, body, length=length)
+
+    async def _body(
+        self, ranges: Sequence[ShardRange], specs: dict[tuple[int, int], ShardSpec], *, forwarded: bool
+    ) -> Pieces:
+        fills = asyncio.create_task(self._begin_fills(list(specs.values())))
+        sums: list[int] = []
+        run: list[_Read] = []
+        run_bytes = 0
+        try:
+            for each in ranges:
+                spec = specs[each.row, each.index]
+                is_sealed = self._store.is_sealed(spec.key)
+                if is_sealed:
+                    run.append(_Read(spec.key, each.start, each.length))
+                    run_bytes += each.length
+                if run and (not is_sealed or run_bytes >= RUN_BYTES or len(run) == RUN_RANGES):
+                    data, known = await asyncio.to_thread(self._read, run)
+                    run, run_bytes = [], 0
+                    yield data
+                    sums += known
+                if not is_sealed:
+                    async for piece in self._unsealed(spec, each, forwarded=forwarded):
+                        yield piece
+                    sums.append(_sum_of(each.start, each.length, self._plane.known(spec.key)))
+            if run:
+                data, known = await asyncio.to_thread(self._read, run)
+                yield data
+                sums += known
+            yield batch.encode_sums(sums)
+        finally:
+            fills.cancel()
+            await asyncio.wait([fills])
+
+    async def _unsealed(self, spec: ShardSpec, each: ShardRange, *, forwarded: bool) -> Pieces:
+        wanted = ByteRange(each.start, each.start + each.length, True)
+        try:
+            body = await self._plane.unsealed(spec, wanted, forwarded=forwarded)
+        except AlreadySealed:
+            data, _ = await asyncio.to_thread(self._read, [_Read(spec.key, each.start, each.length)])
+            yield data
+            return
+        async for piece in body:
+            yield piece
+
+    def _read(self, run: Sequence[_Read]) -> tuple[bytes, list[int]]:
+        """In a thread: the bytes of `run`, and each range's checksum as the protocol wants it."""
+        found: list[bytes] = []
+        sums: list[int] = []
+        for key, reads in itertools.groupby(run, lambda each: each.key):
+            file = self._store.open_sealed(key)
+            if file is None:
+                raise ShardCorrupt(f"shard {key.hex()} was dropped while it was read")
+            try:
+                for each in reads:
+                    data = os.pread(file.fd, each.length, each.start)
+                    if len(data) != each.length:
+                        raise ShardCorrupt(f"the file of shard {key.hex()} ends early")
+                    found.append(data)
+                    sums.append(_sum_of(each.start, each.length, file.header))
+            finally:
+                file.release()
+        return b"".join(found), sums
+
+    async def _begin_fills(self, specs: Sequence[ShardSpec]) -> None:
+        """Begin what this node is to fill for the batch, some at a time; a failure shows again where it is read."""
+        waiting = iter(specs)
+
+        async def begin() -> None:
+            for spec in waiting:
+                try:
+                    await self._plane.begin_fill(spec)
+                except (ShoalError, StoreFull, DiskFailed, AlreadySealed) as error:
+                    log.debug("shard %s is not filled ahead: %s", spec.key.hex(), error)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(FILLS_BEGUN, len(specs))):
+                group.create_task(begin())
+
+
+def _sum_of(start: int, length: int, shard: ShardHeader | None) -> int:
+    """The checksum of a range that is one whole part, where that is known; else 0."""
+    if shard is None or start % shard.part_size:
+        return 0
+    part = start // shard.part_size
+    first, last = shard.part_range(part)
+    return (shard.checksums[part] or 0) if length == last - first else 0

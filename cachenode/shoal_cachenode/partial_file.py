@@ -1,0 +1,116 @@
+"""A shard that is filling: a sparse file whose attribute says which parts are in.
+
+The rule: a part counts from the moment its checksum is in the attribute, and that is after its last byte is written.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from shoal.errors import ShardCorrupt
+from shoal.shards import Key
+from shoal_cachenode.sealed_file import SealedFile, part_is_good
+from shoal_cachenode.shard_file import XATTR, ShardHeader
+
+if TYPE_CHECKING:
+    from shoal_cachenode.store import Store
+
+
+class PartWriter:
+    """Writes one part as its bytes come, hashing them while they are in the processor's cache."""
+
+    def __init__(self, partial: PartialFile, part: int) -> None:
+        self._partial = partial
+        self._part = part
+        start, end = partial.header.part_range(part)
+        self._start, self._length = start, end - start
+        self._hasher = xxhash.xxh3_64()
+        self.written = 0
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes. Raises OSError as the disk does."""
+        assert self.written + len(data) <= self._length, "a part has its length"
+        self._hasher.update(data)
+        while data:
+            count = os.pwrite(self._partial.fd, data, self._start + self.written)
+            self.written += count
+            data = data[count:]
+
+    def finish(self) -> None:
+        """Note the part as present. Raises OSError as the disk does."""
+        assert self.written == self._length, "a part is written whole"
+        self._partial.note_part(self._part, self._hasher.intdigest())
+
+
+class PartialFile:
+    """A shard that is filling. `write_part` may run in several threads, each for another part."""
+
+    def __init__(self, store: Store, key: Key, path: Path, fd: int, header: ShardHeader) -> None:
+        self.key = key
+        self.header = header
+        self.file = SealedFile(fd, header)
+        self._store = store
+        self._path = path
+        self._lock = threading.Lock()  # guards _seal_claimed, header.checksums and the attribute that mirrors them
+        self._seal_claimed = False
+
+    @property
+    def fd(self) -> int:
+        return self.file.fd
+
+    def write_part(self, part: int, data: bytes | bytearray | memoryview) -> None:
+        """Write one part and note its checksum. Raises OSError as the disk does."""
+        writer = self.writer(part)
+        writer.write(memoryview(data))
+        writer.finish()
+
+    def writer(self, part: int) -> PartWriter:
+        """A writer of one part, piece by piece."""
+        return PartWriter(self, part)
+
+    def note_part(self, part: int, value: int) -> None:
+        """Keep the checksum of a part that is wholly written. Raises OSError as the disk does."""
+        with self._lock:
+            self.header.checksums[part] = value
+            os.setxattr(self.fd, XATTR, self.header.encode())
+
+    def claim_seal(self) -> bool:
+        """Whether the caller is the one to seal: true once, after the last part."""
+        with self._lock:
+            if self._seal_claimed or not self.header.is_complete:
+                return False
+            self._seal_claimed = True
+            return True
+
+    def verify_part(self, part: int) -> bool:
+        """Whether the bytes on the file are those that were written; forgets the part where they are not."""
+        if part_is_good(self.fd, self.header, part):
+            return True
+        with self._lock:
+            self.header.checksums[part] = None
+            os.setxattr(self.fd, XATTR, self.header.encode())
+        return False
+
+    def seal(self) -> None:
+        """Verify, make durable and publish. Raises ShardCorrupt (then the bad parts are missing again) or OSError."""
+        assert self.header.is_complete, "only a whole shard is sealed"
+        bad = [part for part in range(len(self.header.checksums)) if not self.verify_part(part)]
+        if bad:
+            raise ShardCorrupt(f"parts {bad} of shard {self.key.hex()} did not read back as written")
+        with self._lock:
+            self.header.generation = self._store.generation
+            os.setxattr(self.fd, XATTR, self.header.encode())
+        os.fchmod(self.fd, 0o444)
+        os.fdatasync(self.fd)
+        self._store._publish(self)
+
+    def drop(self) -> None:
+        """Give up: remove the file and its reservation. Readers that hold its descriptor keep it."""
+        self._path.unlink(missing_ok=True)
+        self._store._forget_partial(self.key)
+        self.file.release()

@@ -1,0 +1,138 @@
+"""What one node is asked for: bytes of a shard, with their checksums compared, and many small ranges at once.
+
+The rule: what these return was checked as far as the node could say, or there is an error; which node is asked, and
+which one next, is the caller's affair.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from shoal import checksums, memory
+from shoal.checksums import PartCheck
+from shoal.connection import Answer, MakeView
+from shoal.errors import ShardCorrupt, ShoalError
+from shoal.maps import ShardId
+from shoal.transport import Transport
+from shoal.wire import batch
+from shoal.wire.batch import ShardRange
+
+log = logging.getLogger(__name__)
+
+WANT_CHECKSUMS = {"Shoal-Want-Checksums": "1"}
+#: What a node answers instead of checksums that it does not know yet: ask again when the bytes have come.
+LATER = "later"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardAt:
+    """Where a shard is found: its place in a snapshot, and its length.
+
+    Attributes:
+        row: of the object in the snapshot `digest`.
+        index: of the shard in the object.
+    """
+
+    digest: str
+    row: int
+    index: int
+    size_bytes: int
+
+    @property
+    def id(self) -> ShardId:
+        return self.digest, self.row, self.index
+
+    @property
+    def target(self) -> str:
+        """Its path on any node."""
+        return f"/v1/snapshots/{self.digest}/rows/{self.row}/shards/{self.index}"
+
+
+def read(
+    transport: Transport,
+    address: str,
+    shard: ShardAt,
+    start: int,
+    end: int,
+    make_view: MakeView,
+    *,
+    verify: bool,
+    headers: Mapping[str, str],
+) -> Answer:
+    """Receive bytes [start, end) of `shard` from the node at `address` into the view that `make_view` gives.
+
+    Args:
+        verify: compare the checksum of each whole part in the range.
+        headers: more of the request. With those of `local.TAKES_DESCRIPTOR` the answer may have a descriptor instead.
+
+    Raises:
+        Interrupted: the connection failed in the middle; the first `received` bytes are good and need not come again.
+        ShardCorrupt: a part does not match its checksum.
+        NodeUnavailable: no answer.
+        ShoalError: the class the node named.
+    """
+    asked = {"Range": f"bytes={start}-{end - 1}", **headers}
+    if not verify:
+        return transport.get(address, shard.target, asked, make_view=make_view)
+    asked.update(WANT_CHECKSUMS)
+
+    def make_check(found: Mapping[str, str]) -> PartCheck | None:
+        part_size, sums = found.get("shoal-part-size"), found.get("shoal-checksums")
+        if part_size is None or sums is None:
+            return None
+        expected = None if sums == LATER else checksums.decode(sums)
+        return PartCheck(start, end, shard.size_bytes, int(part_size), expected)
+
+    answer = transport.get(address, shard.target, asked, make_view=make_view, make_check=make_check)
+    if answer.check is not None and not answer.check.is_settled:
+        _compare_late(transport, address, shard, asked, answer.check)
+    return answer
+
+
+def _compare_late(
+    transport: Transport, address: str, shard: ShardAt, asked: Mapping[str, str], check: PartCheck
+) -> None:
+    """Compare the parts of a shard that was filling when it was asked for: they have all come, so all are known now."""
+    try:
+        head = transport.get(address, shard.target, asked, method="HEAD")
+        sums = head.headers.get("shoal-checksums", LATER)
+    except ShoalError as error:
+        log.debug("%s does not tell the checksums of %s: %s", address, shard.target, error)
+        return
+    # It is gone from there already: the bytes came over a connection that ended well, straight from the fill.
+    if sums != LATER:
+        check.compare(checksums.decode(sums))
+
+
+def read_batch(
+    transport: Transport, address: str, digest: str, ranges: Sequence[ShardRange], *, verify: bool
+) -> pa.Buffer:
+    """The bytes of `ranges`, one after the other, from the node at `address` in one request.
+
+    Raises:
+        ShardCorrupt: a range that is a whole part does not match its checksum.
+        NodeUnavailable: no answer, or not all of it.
+        ShoalError: the class the node named.
+    """
+    length = sum(r.length for r in ranges)
+    buffer = memory.allocate(length + batch.SUM_BYTES * len(ranges))
+    view = memory.view(buffer)
+    transport.get(address, batch.target(digest), method="POST", content=batch.encode(ranges), make_view=lambda: view)
+    if verify:
+        sums = batch.decode_sums(view[length:])
+        if sums.any():
+            _compare_batch(view, ranges, sums.tolist())
+    return buffer.slice(0, length)
+
+
+def _compare_batch(view: memoryview, ranges: Sequence[ShardRange], sums: Sequence[int]) -> None:
+    position = 0
+    for wanted, expected in zip(ranges, sums, strict=True):
+        piece = view[position : position + wanted.length]
+        position += wanted.length
+        if expected and checksums.checksum(piece) != expected:
+            raise ShardCorrupt(f"row {wanted.row}, shard {wanted.index} does not match its checksum")

@@ -1,0 +1,291 @@
+"""One connection of the HTTP server: requests in, responses out, file bytes by ``sendfile``.
+
+Memory a connection is bounded by `MAX_HEAD`, the largest body that is taken, and the response in flight; a slow reader
+of a file holds a file position, not bytes.
+
+The rule: a response's body is sent whole or the connection closes, so a reader that got all of Content-Length got the
+right bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from urllib.parse import parse_qsl, unquote
+
+import httptools
+
+from shoal.errors import ShoalError
+from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
+
+MAX_HEAD = 16 << 10
+#: Bytes handed to one sendfile call: enough to amortise the call, small enough to share the loop.
+SENDFILE_STRIDE = 1 << 20
+#: A connection that neither asks nor takes bytes for so long is closed.
+IDLE_TIMEOUT_S = 120.0
+SEND_STALL_TIMEOUT_S = 60.0
+
+
+class BadRequest(Exception):
+    """The bytes received are no HTTP request that this server takes."""
+
+    def __init__(self, sentence: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class _Head:
+    """Collects httptools' callbacks for one request."""
+
+    def __init__(self, ready: deque[tuple[Request, bool]], is_local: bool, max_body: int) -> None:
+        self.parser = httptools.HttpRequestParser(self)
+        self._ready = ready
+        self._is_local = is_local
+        self._max_body = max_body
+        self.on_message_begin()
+
+    def on_message_begin(self) -> None:
+        self._url = b""
+        self._headers: dict[str, str] = {}
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+        self.is_complete = False
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self.is_complete = True
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        if self._body_bytes > self._max_body:
+            if not self._max_body:
+                raise BadRequest("a request body is not served here")
+            raise BadRequest(
+                f"a request body has at most {self._max_body} bytes here", HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+            )
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        try:
+            url = httptools.parse_url(self._url)
+            path = unquote(url.path.decode("ascii"), errors="strict")
+            query = dict(parse_qsl((url.query or b"").decode("ascii"), keep_blank_values=True, max_num_fields=16))
+        except (httptools.HttpParserInvalidURLError, ValueError) as error:
+            raise BadRequest("the request target is not a valid URL path") from error
+        method = self.parser.get_method().decode("ascii")
+        request = Request(method, path, query, self._headers, self._is_local, b"".join(self._body))
+        self._ready.append((request, self.parser.should_keep_alive()))
+
+
+class Connection:
+    """One socket: requests in, responses out."""
+
+    def __init__(self, sock: socket.socket, *, is_local: bool, max_body: int) -> None:
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._ready: deque[tuple[Request, bool]] = deque()
+        self._head = _Head(self._ready, is_local, max_body)
+        self._unparsed = 0
+        self.keep_alive = True
+
+    async def next_request(self) -> Request | None:
+        """The next request, or None where the peer closed the connection between two."""
+        while not self._ready:
+            async with asyncio.timeout(IDLE_TIMEOUT_S):
+                data = await self._loop.sock_recv(self._sock, MAX_HEAD)
+            if not data:
+                return None
+            if not self._head.is_complete:
+                self._unparsed += len(data)
+            try:
+                self._head.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as error:
+                raise BadRequest("protocol upgrades are not served here") from error
+            except httptools.HttpParserError as error:
+                if isinstance(error.__context__, BadRequest):
+                    raise error.__context__ from None
+                raise BadRequest(f"not an HTTP/1.1 request: {error}") from error
+            if self._ready:
+                self._unparsed = 0
+            elif self._unparsed > MAX_HEAD and not self._head.is_complete:
+                raise BadRequest(
+                    f"the request head is longer than {MAX_HEAD} bytes", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+                )
+        request, keep_alive = self._ready.popleft()
+        self.keep_alive = keep_alive
+        return request
+
+    async def send(self, request: Request, response: Response, epoch: int) -> None:
+        body = response.body
+        try:
+            await self._send(request.method, response, epoch)
+        finally:
+            if isinstance(body, FileSlice):
+                body.done()
+            elif isinstance(body, AsyncIterator):
+                await _close(body)
+
+    async def try_send(self, response: Response, epoch: int) -> None:
+        """Send a last word to a peer that may be gone."""
+        try:
+            await self._send("GET", response, epoch)
+        except (OSError, TimeoutError):
+            pass
+
+    async def _send(self, method: str, response: Response, epoch: int) -> None:
+        body = response.body
+        length = response.length
+        if length is None:
+            assert not isinstance(body, AsyncIterator), "a stream needs its length"
+            length = body.length if isinstance(body, FileSlice) else len(body)
+        passes = response.pass_descriptor and isinstance(body, FileSlice)
+        head = _format_head(response, 0 if passes else length, epoch, keep_alive=self.keep_alive)
+        if passes:
+            assert isinstance(body, FileSlice)
+            head = head[:-2] + f"Shoal-Descriptor: 1\r\nShoal-Length: {length}\r\n\r\n".encode()
+            await self._send_descriptor(head, body.fd)
+            return
+        if method == "HEAD" or length == 0:
+            await self._send_buffer(head)
+            return
+        if isinstance(body, FileSlice):
+            await self._send_buffer(head, more=True)
+            await self._send_file(body)
+        elif isinstance(body, AsyncIterator):
+            await self._send_buffer(head, more=True)
+            await self._send_stream(body, length)
+        else:
+            await self._send_buffer(head + body if length < 65536 else head, more=length >= 65536)
+            if length >= 65536:
+                await self._send_buffer(body)
+
+    async def _send_stream(self, pieces: AsyncIterator[Buffer | FileSlice], length: int) -> None:
+        sent = 0
+        async for piece in pieces:
+            if isinstance(piece, FileSlice):
+                try:
+                    await self._send_file(piece)
+                finally:
+                    piece.done()
+                sent += piece.length
+            else:
+                await self._send_buffer(piece)
+                sent += len(piece)
+        if sent != length:
+            raise ShoalError(f"a stream of {sent} bytes was announced as {length}")
+
+    async def _send_buffer(self, data: Buffer, *, more: bool = False) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                sent = self._sock.send(view, socket.MSG_MORE if more else 0)
+            except BlockingIOError:
+                await self._writable()
+                continue
+            view = view[sent:]
+
+    async def _send_descriptor(self, head: bytes, fd: int) -> None:
+        while True:
+            try:
+                sent = socket.send_fds(self._sock, [head], [fd])
+                break
+            except BlockingIOError:
+                await self._writable()
+        await self._send_buffer(head[sent:])
+
+    async def _send_file(self, piece: FileSlice) -> None:
+        offset, left = piece.offset, piece.length
+        out = self._sock.fileno()
+        while left:
+            stride = min(left, SENDFILE_STRIDE)
+            try:
+                if is_resident(piece.fd, offset, stride):
+                    sent = os.sendfile(out, piece.fd, offset, stride)
+                else:
+                    # Reading the disk would hold up everybody on the loop, so that read happens in a thread.
+                    sent = await self._loop.run_in_executor(None, os.sendfile, out, piece.fd, offset, stride)
+            except BlockingIOError:
+                await self._writable()
+                continue
+            if sent == 0:
+                raise ShoalError(f"a file ended {left} bytes early")
+            offset += sent
+            left -= sent
+            if sent == stride and left:
+                await asyncio.sleep(0)  # a fast reader must not keep the loop from the others
+
+    async def _writable(self) -> None:
+        future: asyncio.Future[None] = self._loop.create_future()
+        fd = self._sock.fileno()
+        self._loop.add_writer(fd, _set_done, future)
+        try:
+            async with asyncio.timeout(SEND_STALL_TIMEOUT_S):
+                await future
+        finally:
+            self._loop.remove_writer(fd)
+
+
+def _set_done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _close(pieces: AsyncIterator[Buffer | FileSlice]) -> None:
+    aclose = getattr(pieces, "aclose", None)
+    if aclose is not None:
+        await aclose()
+
+
+def is_resident(fd: int, offset: int, length: int) -> bool:
+    """Whether the first and last byte of a file range are in the page cache, so that reading will not wait for a disk.
+
+    A hint: the pages between may be absent, which readahead makes rare. True where the file system cannot tell.
+    """
+    probe = bytearray(1)
+    try:
+        os.preadv(fd, [probe], offset, os.RWF_NOWAIT)
+        os.preadv(fd, [probe], offset + length - 1, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+class _Date:
+    """The Date header, formatted once a second."""
+
+    second = -1
+    text = ""
+
+    @classmethod
+    def now(cls) -> str:
+        second = int(time.time())
+        if second != cls.second:
+            cls.second, cls.text = second, email.utils.formatdate(second, usegmt=True)
+        return cls.text
+
+
+def _format_head(response: Response, length: int, epoch: int, *, keep_alive: bool) -> bytes:
+    status = HTTPStatus(response.status)
+    lines = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        f"Date: {_Date.now()}",
+        f"Content-Length: {length}",
+        f"Shoal-Epoch: {epoch}",
+        *(f"{name}: {value}" for name, value in response.headers.items()),
+    ]
+    if not keep_alive:
+        lines.append("Connection: close")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
