@@ -24,7 +24,7 @@ from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
 from shoal_cachenode.fill import DiskFailed, Fill, Urgency
 from shoal_cachenode.handover import Handover
-from shoal_cachenode.library import ShardSpec, find_shard
+from shoal_cachenode.library import Knowledge, ShardSpec, find_shard
 from shoal_cachenode.node import CacheNode
 from shoal_cachenode.sealed_file import SealedFile
 from shoal_cachenode.shard_file import ShardHeader
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 #: Bytes that a pass-through reads ahead of what it sends: enough to keep the source busy, and a bound on memory.
 THROUGH_AHEAD_BYTES = 16 << 20
+#: Shards whose look-up is remembered; it costs as much as the rest of a small request.
+SHARDS_REMEMBERED = 1 << 16
 BINARY = "application/octet-stream"
 
 
@@ -43,14 +45,24 @@ class DataPlane:
 
     def __init__(self, node: CacheNode) -> None:
         self._node = node
+        self._found: dict[tuple[str, int, int], ShardSpec] = {}
+        self._found_under: Knowledge | None = None
 
     async def __call__(self, request: Request, digest: str, row: int, index: int) -> Response:
         return await self._read(request, await self.find(digest, row, index))
 
     async def find(self, digest: str, row: int, index: int) -> ShardSpec:
         """A shard by its place. Raises NotFound, DatasetNotFound, SnapshotNotFound."""
-        library = self._node.library
-        return find_shard(library.knowledge.dataset_of(digest), await library.snapshot(digest), row, index)
+        library, place = self._node.library, (digest, row, index)
+        if library.knowledge is not self._found_under or len(self._found) >= SHARDS_REMEMBERED:
+            self._found, self._found_under = {}, library.knowledge
+        spec = self._found.get(place)
+        if spec is None:
+            opened = await library.snapshot(digest)
+            spec = find_shard(library.knowledge.dataset_of(digest), opened, row, index)
+            if library.knowledge is self._found_under:
+                self._found[place] = spec
+        return spec
 
     async def _read(self, request: Request, spec: ShardSpec) -> Response:
         wanted = ByteRange.parse(request.headers.get("range"), spec.size_bytes)

@@ -27,6 +27,8 @@ from shoal_cachenode.store import Store
 
 log = logging.getLogger(__name__)
 
+#: Bytes that come in before readers of a part on its way are woken again.
+WAKE_STRIDE = 1 << 20
 #: Threads that verify and sync finished shards, and finished shards that may wait for them.
 SEALERS = 2
 SEALS_WAITING = 64
@@ -121,14 +123,18 @@ class Fill:
         header = self.partial.header
         if header.checksums[part] is None:
             writer = self.partial.writer(part)
+            told = 0
 
             def take(data: memoryview) -> None:
+                nonlocal told
                 try:
                     writer.write(data)
                 except OSError as error:
                     raise DiskFailed(f"{self.partial.key.hex()}: {error}") from error
                 self._written[part] = writer.written
-                if part in self._waiters:
+                # The first bytes at once, then in strides: a source may hand over thousands of pieces a second.
+                if part in self._waiters and (not told or writer.written - told >= WAKE_STRIDE):
+                    told = writer.written
                     self._loop.call_soon_threadsafe(self._wake, part)
 
             start, end = header.part_range(part)

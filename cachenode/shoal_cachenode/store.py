@@ -265,6 +265,9 @@ class Store:
             self._ledger.seal(partial.key)
             self._partials.pop(partial.key, None)
         partial.file.release()
+        file = self.open_sealed(partial.key)  # the first reader then finds it open
+        if file is not None:
+            file.release()
 
     def _forget_partial(self, key: Key) -> None:
         with self._lock:

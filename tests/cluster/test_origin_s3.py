@@ -21,7 +21,7 @@ from shoal.errors import (
 from shoal.origin import Deadlines, Origin, base, open_origin
 from shoal.origin.objectstore import ObjectStoreOrigin
 from shoal.origin.s3fs_reader import S3fsOrigin
-from tests.support.origin_contract import OriginContract, content, rows
+from tests.support.origin_contract import OriginContract, content, rows, streamed
 from tests.support.proxy import CountingProxy
 from tests.support.weed import Weed
 
@@ -323,6 +323,10 @@ def test_a_read_asks_the_origin_for_its_bytes_and_no_more(place: Prefix, countin
     for start in (0, 100_000, 200_000):
         assert bytes(origin.read("x", version, start, start + 100_000)) == data[start : start + 100_000]
     assert 300_000 <= counting_s3.bytes_from_origin <= 300_000 + 3 * 1000
+    counting_s3.reset()
+    assert streamed(origin, "x", version, 0, 300_000) == data
+    assert 300_000 <= counting_s3.bytes_from_origin <= 300_000 + 1000
+    assert counting_s3.connections == 0, "a stream leaves its connection fit for the next"
 
 
 def test_a_changed_object_costs_no_body(place: Prefix, counting_s3: CountingProxy) -> None:

@@ -5,12 +5,14 @@ The expectations are those of `shoal.origin.Origin`, line by line; a new reader 
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+import numpy as np
 import pytest
 
-from shoal.errors import InvalidRequest, OriginChanged, OriginNotFound
+from shoal.errors import InvalidRequest, OriginChanged, OriginNotFound, OriginUnavailable
 from shoal.origin import ObjectInfo, Origin, key_path, open_origin
 
 #: Names that break whoever quotes too often, too rarely, or splits where nothing should be split.
@@ -69,7 +71,35 @@ def rows(origin: Origin) -> dict[str, ObjectInfo]:
 
 def content(length: int, seed: int = 0) -> bytes:
     """Bytes whose every position differs from its neighbours."""
-    return bytes((seed + i * 7 + i // 251) % 256 for i in range(length))
+    i = np.arange(length)
+    return ((seed + i * 7 + i // 251) % 256).astype(np.uint8).tobytes()
+
+
+class Pieces:
+    """A sink that keeps what it is given. Nothing of a view is used after the call, where its memory may change."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+
+    @property
+    def data(self) -> bytes:
+        return b"".join(self.pieces)
+
+    def __call__(self, piece: memoryview) -> None:
+        assert piece.format == "B" and piece.contiguous
+        assert len(piece), "a piece has bytes"
+        self.pieces.append(bytes(piece))
+
+
+def streamed(origin: Origin, path: str, version: str, start: int, end: int) -> bytes:
+    """What `Origin.stream` hands over."""
+    sink = Pieces()
+    origin.stream(path, version, start, end, sink)
+    return sink.data
+
+
+#: More than the pieces of any origin, and no multiple of them.
+LARGE_BYTES = (3 << 20) + 17
 
 
 class OriginContract:
@@ -131,15 +161,22 @@ class OriginContract:
     def test_a_wrong_range_is_refused(self, place: Place, start: int, end: int) -> None:
         place.write("x", b"12")
         origin = self.open(place)
+        version = rows(origin)["x"].version
         with pytest.raises(InvalidRequest, match="no range"):
-            origin.read("x", rows(origin)["x"].version, start, end)
+            origin.read("x", version, start, end)
+        with pytest.raises(InvalidRequest, match="no range"):
+            origin.stream("x", version, start, end, Pieces())
 
     @pytest.mark.parametrize(("start", "end"), [(0, 11), (9, 11), (10, 11), (500, 600)])
     def test_bytes_past_the_end_mean_another_object(self, place: Place, start: int, end: int) -> None:
         place.write("x", content(10))
         origin = self.open(place)
+        version, sink = rows(origin)["x"].version, Pieces()
         with pytest.raises(OriginChanged, match="shoal dataset refresh"):
-            origin.read("x", rows(origin)["x"].version, start, end)
+            origin.read("x", version, start, end)
+        with pytest.raises(OriginChanged, match="shoal dataset refresh"):
+            origin.stream("x", version, start, end, sink)
+        assert not sink.pieces
 
     def test_a_url_that_is_one_object(self, place: Place) -> None:
         place.write("dir/only", content(9))
@@ -182,6 +219,10 @@ class OriginContract:
         place.write("x", later)
         with pytest.raises(OriginChanged, match=r"x (has|was) .* 'shoal dataset refresh NAME'"):
             origin.read("x", before.version, 0, 10)
+        sink = Pieces()
+        with pytest.raises(OriginChanged, match=r"x (has|was) .* 'shoal dataset refresh NAME'"):
+            origin.stream("x", before.version, 0, 10, sink)
+        assert not sink.pieces
         after = rows(origin)["x"]
         assert after.version != before.version
         assert bytes(origin.read("x", after.version, 0, after.size_bytes)) == later
@@ -194,6 +235,10 @@ class OriginContract:
         place.remove("x")
         with pytest.raises(OriginChanged, match=r"x was removed since .* 'shoal dataset refresh NAME'"):
             origin.read("x", version, 0, 10)
+        sink = Pieces()
+        with pytest.raises(OriginChanged, match=r"x was removed since .* 'shoal dataset refresh NAME'"):
+            origin.stream("x", version, 0, 10, sink)
+        assert not sink.pieces
         assert set(rows(origin)) == {"y"}
 
     def test_nothing_there(self, place: Place) -> None:
@@ -201,6 +246,69 @@ class OriginContract:
         with pytest.raises(OriginNotFound, match="nowhere") as caught:
             rows(self.open(place, "nowhere"))
         assert isinstance(caught.value, FileNotFoundError)
+
+    def test_a_stream_is_the_range_in_order(self, place: Place) -> None:
+        data = content(LARGE_BYTES)
+        place.write("x", data)
+        origin = self.open(place)
+        version = rows(origin)["x"].version
+        cuts = random.Random(0)
+        inner = [sorted(cuts.sample(range(LARGE_BYTES), 2)) for _ in range(12)]
+        edges = [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, LARGE_BYTES - 1]
+        for start, end in [*inner, *((at, LARGE_BYTES) for at in edges), *((0, at) for at in edges[1:])]:
+            assert streamed(origin, "x", version, start, end) == data[start:end], (start, end)
+        assert bytes(origin.read("x", version, 5, LARGE_BYTES)) == data[5:]
+
+    @pytest.mark.parametrize("at", [0, 7, 1000])
+    def test_a_stream_of_nothing_calls_nothing(self, place: Place, at: int) -> None:
+        place.write("x", content(1000))
+        sink = Pieces()
+        self.open(place).stream("x", "whatever version", at, at, sink)
+        assert not sink.pieces
+
+    @pytest.mark.parametrize("later", [content(LARGE_BYTES, seed=1), b"short", None], ids=["other", "short", "gone"])
+    def test_an_object_that_changes_while_it_is_streamed(self, place: Place, later: bytes | None) -> None:
+        """It is either all of the version asked for, or the beginning of that and an error."""
+        data = content(LARGE_BYTES)
+        place.write("x", data)
+        place.write("y", b"stays")
+        origin = self.open(place)
+        version, sink = rows(origin)["x"].version, Pieces()
+
+        def change_at_first(piece: memoryview) -> None:
+            if not sink.pieces:
+                if later is None:
+                    place.remove("x")
+                else:
+                    place.write("x", later)
+            sink(piece)
+
+        try:
+            origin.stream("x", version, 0, LARGE_BYTES, change_at_first)
+        except OriginChanged:
+            assert data.startswith(sink.data)
+        else:
+            assert sink.data == data
+
+    @pytest.mark.parametrize("error", [RuntimeError("mine"), OriginUnavailable("mine"), FileNotFoundError("mine")])
+    def test_what_the_sink_raises_ends_the_stream(self, place: Place, error: Exception) -> None:
+        data = content(LARGE_BYTES)
+        place.write("x", data)
+        origin = self.open(place)
+        version = rows(origin)["x"].version
+        calls = 0
+
+        def refuse(_: memoryview) -> None:
+            nonlocal calls
+            calls += 1
+            raise error
+
+        with pytest.raises(type(error), match="mine") as caught:
+            origin.stream("x", version, 0, LARGE_BYTES, refuse)
+        assert caught.value is error
+        assert caught.value.__cause__ is None
+        assert calls == 1
+        assert streamed(origin, "x", version, 0, LARGE_BYTES) == data, "the next one is not disturbed"
 
     def test_many_threads_read_at_once(self, place: Place) -> None:
         data = content(60_000)
@@ -210,5 +318,7 @@ class OriginContract:
         starts = range(0, len(data), 1000)
         with ThreadPoolExecutor(16) as pool:
             pieces = pool.map(lambda start: bytes(origin.read("x", version, start, start + 1000)), starts)
+            assert b"".join(pieces) == data
+            pieces = pool.map(lambda start: streamed(origin, "x", version, start, start + 1000), starts)
             assert b"".join(pieces) == data
         origin.close()

@@ -10,12 +10,13 @@ right bytes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import os
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from http import HTTPStatus
 from urllib.parse import parse_qsl, unquote
 
@@ -79,12 +80,14 @@ class _Head:
     def on_message_complete(self) -> None:
         try:
             url = httptools.parse_url(self._url)
-            path = unquote(url.path.decode("ascii"), errors="strict")
-            query = dict(parse_qsl((url.query or b"").decode("ascii"), keep_blank_values=True, max_num_fields=16))
+            path, query = url.path.decode("ascii"), (url.query or b"").decode("ascii")
+            if "%" in path:
+                path = unquote(path, errors="strict")
+            pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=16) if query else ()
         except (httptools.HttpParserInvalidURLError, ValueError) as error:
             raise BadRequest("the request target is not a valid URL path") from error
         method = self.parser.get_method().decode("ascii")
-        request = Request(method, path, query, self._headers, self._is_local, b"".join(self._body))
+        request = Request(method, path, dict(pairs), self._headers, self._is_local, b"".join(self._body))
         self._ready.append((request, self.parser.should_keep_alive()))
 
 
@@ -102,7 +105,7 @@ class Connection:
     async def next_request(self) -> Request | None:
         """The next request, or None where the peer closed the connection between two."""
         while not self._ready:
-            async with asyncio.timeout(IDLE_TIMEOUT_S):
+            with self._limit(IDLE_TIMEOUT_S):
                 data = await self._loop.sock_recv(self._sock, MAX_HEAD)
             if not data:
                 return None
@@ -230,10 +233,28 @@ class Connection:
         fd = self._sock.fileno()
         self._loop.add_writer(fd, _set_done, future)
         try:
-            async with asyncio.timeout(SEND_STALL_TIMEOUT_S):
+            with self._limit(SEND_STALL_TIMEOUT_S):
                 await future
         finally:
             self._loop.remove_writer(fd)
+
+    @contextlib.contextmanager
+    def _limit(self, timeout_s: float) -> Iterator[None]:
+        """Shut the socket when this takes longer, so that whoever waits for it sees its end.
+
+        Instead of `asyncio.timeout`, whose cost is a tenth of a small request's.
+        """
+        timer = self._loop.call_later(timeout_s, self._shut)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _shut(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the peer was faster
 
 
 def _set_done(future: asyncio.Future[None]) -> None:
@@ -277,10 +298,12 @@ class _Date:
         return cls.text
 
 
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in HTTPStatus}
+
+
 def _format_head(response: Response, length: int, epoch: int, *, keep_alive: bool) -> bytes:
-    status = HTTPStatus(response.status)
     lines = [
-        f"HTTP/1.1 {status.value} {status.phrase}",
+        _STATUS_LINES[response.status],
         f"Date: {_Date.now()}",
         f"Content-Length: {length}",
         f"Shoal-Epoch: {epoch}",
