@@ -10,9 +10,10 @@ demo: .venv/.demo  ## start a local cluster and a real S3 origin, run the main j
 test: lint  ## everything CI runs
 	$(BIN)/python -m pytest
 
-bench: .venv/.test  ## full-size benchmarks; results go to benchmarks/results/
+bench: .venv/.test  ## full-size benchmarks, half an hour; results go to benchmarks/results/
 	$(BIN)/python -m benchmarks.placement
 	$(BIN)/python -m benchmarks.snapshot
+	$(BIN)/python -m benchmarks
 
 lint: .venv/.test
 	$(BIN)/ruff check

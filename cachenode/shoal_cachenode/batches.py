@@ -26,8 +26,9 @@ from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
 from shoal_cachenode.data_plane import BINARY, DataPlane
 from shoal_cachenode.fill import DiskFailed
 from shoal_cachenode.library import ShardSpec
+from shoal_cachenode.node import CacheNode
 from shoal_cachenode.shard_file import ShardHeader
-from shoal_cachenode.store import AlreadySealed, Store, StoreFull
+from shoal_cachenode.store import AlreadySealed, StoreFull
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +53,10 @@ class _Read:
 class Batches:
     """The handler of ``/v1/snapshots/{digest}/ranges``."""
 
-    def __init__(self, plane: DataPlane, store: Store) -> None:
+    def __init__(self, plane: DataPlane, node: CacheNode) -> None:
         self._plane = plane
-        self._store = store
+        self._store = node.store
+        self._served = node.counters.served_sealed_bytes
 
     async def __call__(self, request: Request, digest: str) -> Response:
         ranges = batch.decode(request.body)
@@ -130,6 +132,7 @@ class Batches:
                     sums.append(_sum_of(each.start, each.length, file.header))
             finally:
                 file.release()
+        self._served.add(sum(map(len, found)))
         return b"".join(found), sums
 
     async def _begin_fills(self, specs: Sequence[ShardSpec]) -> None:

@@ -68,7 +68,7 @@ class DataPlane:
         wanted = ByteRange.parse(request.headers.get("range"), spec.size_bytes)
         length = wanted.end - wanted.start
         if request.method == "HEAD":
-            return Response(wanted.status, self._headers(request, spec, wanted, self.known(spec.key)), length=length)
+            return Response(wanted.status, {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}, length=length)
         while True:
             file = await self.sealed(spec)
             if file is not None:
@@ -76,27 +76,23 @@ class DataPlane:
             if request.headers.get("cache-control") == "only-if-cached":
                 raise NotCached(f"shard {spec.key.hex()} is not sealed here")
             try:
-                body = await self.unsealed(spec, wanted, forwarded="via" in request.headers)
+                return await self._from_elsewhere(request, spec, wanted)
             except AlreadySealed:
                 continue
-            return Response(
-                wanted.status, self._headers(request, spec, wanted, self.known(spec.key)), body, length=length
-            )
 
-    def _headers(
-        self, request: Request, spec: ShardSpec, wanted: ByteRange, shard: ShardHeader | None
-    ) -> dict[str, str]:
-        """Of a response; with the checksums of the whole parts in it, where they are wanted and the shard is here."""
+    async def _from_elsewhere(self, request: Request, spec: ShardSpec, wanted: ByteRange) -> Response:
+        """The answer for a shard that is not sealed here; with the checksums of its parts behind it, where it fills."""
         headers = {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}
-        if shard is None or "shoal-want-checksums" not in request.headers:
-            return headers
-        parts = checksums.whole_parts(wanted.start, wanted.end, shard.size_bytes, shard.part_size)
-        if parts:
-            sums = [shard.checksums[part] for part in parts]
-            known = [value for value in sums if value is not None]
-            headers["Shoal-Part-Size"] = str(shard.part_size)
-            headers["Shoal-Checksums"] = checksums.encode(known) if len(known) == len(sums) else shard_client.LATER
-        return headers
+        length = wanted.end - wanted.start
+        body = await self.unsealed(spec, wanted, forwarded="via" in request.headers)
+        fill = self._node.fills.running(spec.key) if "shoal-want-checksums" in request.headers else None
+        header = fill.partial.header if fill is not None else None
+        parts = _whole_parts(wanted, header)
+        if fill is not None and header is not None and parts:
+            headers |= {"Shoal-Part-Size": str(header.part_size), "Shoal-Checksums": shard_client.TRAILING}
+            length += checksums.WORD_BYTES * len(parts)
+            body = _with_checksums(body, fill, parts)
+        return Response(wanted.status, headers, body, length=length)
 
     def known(self, key: Key) -> ShardHeader | None:
         """What is known of a shard that fills or is open: its parts and their checksums."""
@@ -116,7 +112,11 @@ class DataPlane:
             return Response(200, {"Content-Type": BINARY}, whole, pass_descriptor=True)
         length = wanted.end - wanted.start
         self._node.counters.served_sealed_bytes.add(length)
-        headers = self._headers(request, spec, wanted, file.header)
+        headers = {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}
+        parts = _whole_parts(wanted, file.header) if "shoal-want-checksums" in request.headers else ()
+        if parts:
+            headers["Shoal-Part-Size"] = str(file.header.part_size)
+            headers["Shoal-Checksums"] = checksums.encode(file.header.checksums[part] or 0 for part in parts)
         return Response(wanted.status, headers, FileSlice(file.fd, wanted.start, length, file.release))
 
     async def sealed(self, spec: ShardSpec) -> SealedFile | None:
@@ -144,7 +144,7 @@ class DataPlane:
             if body is not None:
                 return body
         try:
-            fill = await self._node.fill(spec, order, Urgency.DEMAND)
+            fill = await self._node.fill(spec, order, Urgency.DEMAND, wanted.start)
         except (StoreFull, DiskFailed) as error:
             self._note(error)
             source = await asyncio.to_thread(self._node.source, spec, order)
@@ -170,12 +170,10 @@ class DataPlane:
     async def _from_fill(
         self, spec: ShardSpec, order: tuple[MapNode, ...], fill: Fill, start: int, end: int
     ) -> AsyncIterator[Buffer | FileSlice]:
-        file = fill.partial.file
-        if not file.retain():
-            raise AlreadySealed  # or it failed just now: either way the look from the start says which
         header = fill.partial.header
+        fill.want(range(start // header.part_size, -(-end // header.part_size)))
+        file: SealedFile | None = None
         try:
-            fill.want(range(start // header.part_size, -(-end // header.part_size)))
             while start < end:
                 part = start // header.part_size
                 first, last = header.part_range(part)
@@ -190,12 +188,17 @@ class DataPlane:
                 except ShoalError:
                     self._node.counters.fills_failed.add(1)
                     raise
+                if file is None:
+                    file = fill.partial.retain()
+                    if file is None:
+                        raise AlreadySealed  # or it failed just now: either way the look from the start says which
                 stop = min(end, last, reached)
                 self._node.counters.served_filling_bytes.add(stop - start)
                 yield FileSlice(file.fd, start, stop - start)
                 start = stop
         finally:
-            file.release()
+            if file is not None:
+                file.release()
 
     async def _through(self, source: Source, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
         """Read from `source` and send, storing nothing; a bounded number of bytes ahead of the reader."""
@@ -217,6 +220,26 @@ class DataPlane:
         if isinstance(error, DiskFailed):
             log.error("the data directory failed, reads pass through: %s", error)
             self._node.disk_fault = str(error)
+
+
+def _whole_parts(wanted: ByteRange, shard: ShardHeader | None) -> range:
+    if shard is None:
+        return range(0)
+    return checksums.whole_parts(wanted.start, wanted.end, shard.size_bytes, shard.part_size)
+
+
+async def _with_checksums(
+    body: AsyncIterator[Buffer | FileSlice], fill: Fill, parts: range
+) -> AsyncIterator[Buffer | FileSlice]:
+    """`body`, and then what the fill has learnt of `parts` meanwhile."""
+    try:
+        async for piece in body:
+            yield piece
+        for part in parts:
+            await fill.settled(part)
+        yield checksums.pack(fill.partial.header.checksums[part] or 0 for part in parts)
+    finally:
+        await body.aclose()  # type: ignore[attr-defined] # an async generator
 
 
 async def _begun(body: AsyncIterator[Buffer | FileSlice]) -> AsyncIterator[Buffer | FileSlice]:

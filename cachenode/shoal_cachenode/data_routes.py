@@ -14,7 +14,7 @@ from shoal_cachenode.node import CacheNode
 def make_handler(node: CacheNode) -> Handler:
     """A handler for the paths that only cache nodes serve."""
     plane = DataPlane(node)
-    batches = Batches(plane, node.store)
+    batches = Batches(plane, node)
 
     async def handle(request: Request) -> Response:
         match request.path.split("/")[1:]:

@@ -16,6 +16,7 @@ import itertools
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -49,7 +50,10 @@ class DiskFailed(Exception):
 class Fill:
     """One shard on its way in. Lives on the event loop; only `_fetch` runs in a thread."""
 
-    def __init__(self, partial: PartialFile, source: Source, scheduler: Scheduler, urgency: Urgency) -> None:
+    def __init__(
+        self, partial: PartialFile, source: Source, scheduler: Scheduler, urgency: Urgency, first: int
+    ) -> None:
+        """Begin with part `first`."""
         self.partial = partial
         self._loop = asyncio.get_running_loop()
         self.sealed: asyncio.Future[None] = self._loop.create_future()
@@ -62,8 +66,17 @@ class Fill:
         self._idle = asyncio.Event()
         self._idle.set()
         self._missing = {part for part, known in enumerate(partial.header.checksums) if known is None}
-        for part in sorted(self._missing):
-            scheduler.push(urgency, self, part)
+        self._urgency_of_rest = Urgency.PREFETCH if urgency is Urgency.PREFETCH else Urgency.REST
+        self._has_begun = False
+        self._queued: set[int] = set()
+        self._wanted: deque[int] = deque()  # by readers, in their order
+        self._rest = deque(sorted(self._missing))
+        if urgency is Urgency.PREFETCH:
+            self._begin()
+        elif first in self._missing:
+            self._push(urgency, first)
+        elif self._missing:
+            self._push(urgency, self._rest.popleft())
         if not self._missing:
             scheduler.push(urgency, self, 0)  # a partial that crashed just before its seal: only that is left
 
@@ -83,10 +96,37 @@ class Fill:
         return self.partial.header.size_bytes - missing
 
     def want(self, parts: range) -> None:
-        """Bring these parts forward: a reader will wait for them."""
-        for part in parts:
+        """Bring these parts forward: a reader will wait for them, for the first one now."""
+        wanted = [part for part in parts if part in self._missing and part not in self._in_flight]
+        if wanted:
+            self._push(Urgency.DEMAND, wanted[0])
+            self._wanted.extend(wanted[1:])
+            self._feed()
+
+    def _begin(self) -> None:
+        """The first bytes are here, or nobody waits for them: parts may be fetched beside each other from now on."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._feed()
+
+    def _feed(self) -> None:
+        """Queue more parts: as many as are in already, and two.
+
+        So a fill begins with the part that a reader waits for, whose first bytes come as soon as they can, and is soon
+        as wide as the scheduler lets it be.
+        """
+        if not self._has_begun:
+            return
+        present = len(self.partial.header.checksums) - len(self._missing)
+        while len(self._queued) < 2 + present and (self._wanted or self._rest):
+            queue, urgency = (self._wanted, Urgency.DEMAND) if self._wanted else (self._rest, self._urgency_of_rest)
+            part = queue.popleft()
             if part in self._missing and part not in self._in_flight:
-                self._scheduler.push(Urgency.DEMAND, self, part)
+                self._push(urgency, part)
+
+    def _push(self, urgency: Urgency, part: int) -> None:
+        self._queued.add(part)
+        self._scheduler.push(urgency, self, part)
 
     async def available(self, part: int, beyond: int) -> int:
         """Wait until more than the first `beyond` bytes of `part` are in the file; return how many are.
@@ -104,11 +144,21 @@ class Fill:
             written = self._written.get(part, 0)
             if written > beyond:
                 return written
-            waiter = self._waiters.get(part)
-            if waiter is None:
-                waiter = self._waiters[part] = self._loop.create_future()
+            if part not in self._waiters:
+                self._waiter(part)
                 continue  # look again: the thread that writes may have missed that somebody waits
-            await asyncio.shield(waiter)
+            await asyncio.shield(self._waiter(part))
+
+    async def settled(self, part: int) -> None:
+        """Wait until all of `part` is in and its checksum known, or the fill is over."""
+        while part in self._missing and not self.sealed.done():
+            await asyncio.shield(self._waiter(part))
+
+    def _waiter(self, part: int) -> asyncio.Future[None]:
+        waiter = self._waiters.get(part)
+        if waiter is None:
+            waiter = self._waiters[part] = self._loop.create_future()
+        return waiter
 
     def take(self, part: int) -> bool:
         """Whether the scheduler should fetch `part` now: a part may be queued twice, and is fetched once."""
@@ -122,7 +172,10 @@ class Fill:
         """In a thread: bring `part` in. Returns whether it was the last, so that the caller is to seal."""
         header = self.partial.header
         if header.checksums[part] is None:
-            writer = self.partial.writer(part)
+            try:
+                writer = self.partial.writer(part)
+            except OSError as error:
+                raise DiskFailed(f"{self.partial.key.hex()}: {error}") from error
             told = 0
 
             def take(data: memoryview) -> None:
@@ -156,9 +209,13 @@ class Fill:
         """On the loop: `part` is in the file. Readers go on at once; they need not wait for the drive."""
         self._missing.discard(part)
         self._written.pop(part, None)
+        self._queued.discard(part)
+        self._begin()
+        self._feed()
         self._wake(part)
 
     def _wake(self, part: int) -> None:
+        self._begin()
         waiter = self._waiters.pop(part, None)
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -300,8 +357,8 @@ class Fills:
     def fetches_in_flight(self) -> int:
         return self._scheduler.in_flight
 
-    async def join(self, key: Key, size_bytes: int, source: Source, urgency: Urgency) -> Fill:
-        """The fill of `key`: the one that runs, or a new one.
+    async def join(self, key: Key, size_bytes: int, source: Source, urgency: Urgency, first: int) -> Fill:
+        """The fill of `key`: the one that runs, or a new one that begins with part `first`.
 
         Raises:
             StoreFull: there is no room.
@@ -311,18 +368,21 @@ class Fills:
             await asyncio.shield(self._watchers[key])  # a failure is the answer to those who waited, not to newcomers
         task = self._fills.get(key)
         if task is None:
-            task = self._fills[key] = asyncio.create_task(self._begin(key, size_bytes, source, urgency))
+            task = self._fills[key] = asyncio.create_task(self._begin(key, size_bytes, source, urgency, first))
         return await asyncio.shield(task)
 
-    async def _begin(self, key: Key, size_bytes: int, source: Source, urgency: Urgency) -> Fill:
+    async def _begin(self, key: Key, size_bytes: int, source: Source, urgency: Urgency, first: int) -> Fill:
         try:
-            partial = await asyncio.to_thread(self._store.begin, key, size_bytes)
+            if self._store.has_partial(key):
+                partial = await asyncio.to_thread(self._store.begin, key, size_bytes)
+            else:
+                partial = self._store.begin(key, size_bytes)
         except BaseException as error:
             del self._fills[key]
             if isinstance(error, OSError):
                 raise DiskFailed(str(error)) from error
             raise
-        fill = self._running[key] = Fill(partial, source, self._scheduler, urgency)
+        fill = self._running[key] = Fill(partial, source, self._scheduler, urgency, first)
         self._watchers[key] = asyncio.create_task(self._watch(fill))
         return fill
 

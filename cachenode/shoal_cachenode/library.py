@@ -202,6 +202,11 @@ class Library:
                 self._placements.popitem(last=False)
         return placement
 
+    def has_opened_origin(self, known: KnownDataset) -> bool:
+        """Whether `origin` will not block."""
+        cached = self._origins.get(known.record.name)
+        return cached is not None and cached[0] is known.storage_options and cached[1].url == known.record.origin
+
     def origin(self, known: KnownDataset) -> Origin:
         """The opened origin of a dataset; opened anew where its options changed. May block.
 

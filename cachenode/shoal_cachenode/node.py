@@ -163,8 +163,8 @@ class CacheNode:
             opened, spec.snapshot.path(row), spec.snapshot.version(row), spec.offset, self.counters.origin_bytes
         )
 
-    async def fill(self, spec: ShardSpec, order: tuple[MapNode, ...], urgency: Urgency) -> Fill:
-        """The one fill of a shard, with room made for it.
+    async def fill(self, spec: ShardSpec, order: tuple[MapNode, ...], urgency: Urgency, start: int = 0) -> Fill:
+        """The one fill of a shard, with room made for it; a new one begins with the part that byte `start` is in.
 
         Raises:
             AlreadySealed: another fill was faster.
@@ -175,13 +175,17 @@ class CacheNode:
         running = self.fills.running(spec.key)
         if running is not None:
             return running
-        source = await asyncio.to_thread(self.source, spec, order)
+        if self.library.has_opened_origin(spec.dataset):
+            source = self.source(spec, order)
+        else:
+            source = await asyncio.to_thread(self.source, spec, order)
+        first = start // self.config.part_size
         try:
-            return await self.fills.join(spec.key, spec.size_bytes, source, urgency)
+            return await self.fills.join(spec.key, spec.size_bytes, source, urgency, first)
         except StoreFull:
             if not await self.make_room(spec.size_bytes):
                 raise
-        return await self.fills.join(spec.key, spec.size_bytes, source, urgency)
+        return await self.fills.join(spec.key, spec.size_bytes, source, urgency, first)
 
     async def make_room(self, size_bytes: int) -> bool:
         """Drop what may be dropped until `size_bytes` are free; whether they are."""

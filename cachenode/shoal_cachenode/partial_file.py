@@ -25,6 +25,7 @@ class PartWriter:
     """Writes one part as its bytes come, hashing them while they are in the processor's cache."""
 
     def __init__(self, partial: PartialFile, part: int) -> None:
+        partial.open()
         self._partial = partial
         self._part = part
         start, end = partial.header.part_range(part)
@@ -50,18 +51,49 @@ class PartWriter:
 class PartialFile:
     """A shard that is filling. `write_part` may run in several threads, each for another part."""
 
-    def __init__(self, store: Store, key: Key, path: Path, fd: int, header: ShardHeader) -> None:
+    def __init__(self, store: Store, key: Key, path: Path, header: ShardHeader, fd: int | None = None) -> None:
+        """Take over `fd`, the open file of an earlier fill; None: a new file is made when it is first written."""
         self.key = key
         self.header = header
-        self.file = SealedFile(fd, header)
+        self._file = SealedFile(fd, header) if fd is not None else None
         self._store = store
         self._path = path
-        self._lock = threading.Lock()  # guards _seal_claimed, header.checksums and the attribute that mirrors them
+        self._lock = threading.Lock()  # guards _seal_claimed, _file, header.checksums and the attribute like them
         self._seal_claimed = False
 
     @property
     def fd(self) -> int:
-        return self.file.fd
+        assert self._file is not None, "a partial file is opened before it is used"
+        return self._file.fd
+
+    @property
+    def has_file(self) -> bool:
+        """Whether something of it is on the disk."""
+        return self._file is not None
+
+    def retain(self) -> SealedFile | None:
+        """The open file, counted for the caller; None where it is closed."""
+        file = self._file
+        return file if file is not None and file.retain() else None
+
+    def open(self) -> None:
+        """Make the file where there is none yet. Raises OSError as the disk does."""
+        with self._lock:
+            if self._file is not None:
+                return
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            try:
+                os.ftruncate(fd, self.header.size_bytes)
+                os.setxattr(fd, XATTR, self.header.encode())
+            except BaseException:
+                os.close(fd)
+                raise
+            self._file = SealedFile(fd, self.header)
+
+    def close(self) -> None:
+        """Let go of the file; readers that hold it keep it."""
+        if self._file is not None:
+            self._file.release()
 
     def write_part(self, part: int, data: bytes | bytearray | memoryview) -> None:
         """Write one part and note its checksum. Raises OSError as the disk does."""
@@ -113,4 +145,4 @@ class PartialFile:
         """Give up: remove the file and its reservation. Readers that hold its descriptor keep it."""
         self._path.unlink(missing_ok=True)
         self._store._forget_partial(self.key)
-        self.file.release()
+        self.close()

@@ -165,8 +165,14 @@ class Store:
         os.setxattr(path, XATTR, header.encode())
         path.chmod(0o444)
 
+    def has_partial(self, key: Key) -> bool:
+        """Whether an earlier fill of `key` left a file."""
+        return key in self._ledger.reserved
+
     def begin(self, key: Key, size_bytes: int) -> PartialFile:
-        """Reserve room and open the partial file of `key`: a new one, or the one that an earlier fill left.
+        """Reserve room for `key` and take up the partial file that an earlier fill left, or a new one.
+
+        Touches the disk only where `has_partial`: a new file is made when its first part is written.
 
         Raises:
             AlreadySealed: another fill was faster.
@@ -183,7 +189,7 @@ class Store:
             self._partials[key] = None
         path = self._filling_directory / key.hex()
         try:
-            partial = self._resume(key, path, size_bytes) if left_over else self._create(key, path, size_bytes)
+            partial = self._resume(key, path, size_bytes) if left_over else self._new(key, path, size_bytes)
         except BaseException:
             path.unlink(missing_ok=True)
             self._forget_partial(key)
@@ -192,16 +198,8 @@ class Store:
             self._partials[key] = partial
         return partial
 
-    def _create(self, key: Key, path: Path, size_bytes: int) -> PartialFile:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            os.ftruncate(fd, size_bytes)
-            header = ShardHeader.empty(size_bytes, self.part_size, self.generation)
-            os.setxattr(fd, XATTR, header.encode())
-        except BaseException:
-            os.close(fd)
-            raise
-        return PartialFile(self, key, path, fd, header)
+    def _new(self, key: Key, path: Path, size_bytes: int) -> PartialFile:
+        return PartialFile(self, key, path, ShardHeader.empty(size_bytes, self.part_size, self.generation))
 
     def _resume(self, key: Key, path: Path, size_bytes: int) -> PartialFile:
         try:
@@ -209,7 +207,7 @@ class Store:
             try:
                 header = ShardHeader.decode(os.getxattr(fd, XATTR))
                 if header.size_bytes == size_bytes == os.fstat(fd).st_size:
-                    partial = PartialFile(self, key, path, fd, header)
+                    partial = PartialFile(self, key, path, header, fd)
                     for part, known in enumerate(header.checksums):
                         if known is not None:
                             partial.verify_part(part)
@@ -219,13 +217,16 @@ class Store:
                 os.close(fd)
                 raise
         except (OSError, ShardCorrupt):
-            return self._create(key, path, size_bytes)
+            return self._new(key, path, size_bytes)
 
     def suspend(self, partial: PartialFile) -> None:
-        """End a fill that failed but may go on later: the file and its reservation stay."""
+        """End a fill that failed but may go on later: its file, where it has one, and its reservation stay."""
+        if not partial.has_file:
+            self._forget_partial(partial.key)
+            return
         with self._lock:
             self._partials.pop(partial.key, None)
-        partial.file.release()
+        partial.close()
 
     def evict(self, key: Key) -> int:
         """Unlink a sealed shard, or a partial one that nobody fills; return the bytes that became free."""
@@ -264,7 +265,7 @@ class Store:
         with self._lock:
             self._ledger.seal(partial.key)
             self._partials.pop(partial.key, None)
-        partial.file.release()
+        partial.close()
         file = self.open_sealed(partial.key)  # the first reader then finds it open
         if file is not None:
             file.release()

@@ -15,6 +15,8 @@ import xxhash
 
 from shoal.errors import ShardCorrupt
 
+WORD_BYTES = 8
+
 
 def checksum(data: bytes | bytearray | memoryview) -> int:
     """xxh3_64 of a part."""
@@ -36,6 +38,16 @@ def encode(sums: Iterable[int]) -> str:
 def decode(text: str) -> list[int]:
     """Parse what `encode` gave. Raises ValueError."""
     return [int(value, 16) for value in text.split(",")] if text else []
+
+
+def pack(sums: Iterable[int]) -> bytes:
+    """Checksums as they follow a body whose parts were still filling when it began: little-endian words, 0: unknown."""
+    return b"".join(value.to_bytes(WORD_BYTES, "little") for value in sums)
+
+
+def unpack(raw: bytes | bytearray) -> list[int]:
+    """Parse what `pack` gave."""
+    return [int.from_bytes(raw[at : at + WORD_BYTES], "little") for at in range(0, len(raw), WORD_BYTES)]
 
 
 class PartCheck:
@@ -63,9 +75,9 @@ class PartCheck:
         self._sums: list[int] = []
 
     @property
-    def is_settled(self) -> bool:
-        """Whether all that came was compared; else `compare` is still to be called."""
-        return self._expected is not None or not self._parts
+    def trailing_bytes(self) -> int:
+        """Bytes of the checksums that follow the body; 0 where they were known before it."""
+        return 0 if self._expected is not None else WORD_BYTES * len(self._parts)
 
     @property
     def trusted_bytes(self) -> int:
@@ -89,9 +101,10 @@ class PartCheck:
                 self._finish_part(part)
 
     def compare(self, expected: Sequence[int]) -> None:
-        """Compare all parts that came with what became known since. Raises ShardCorrupt."""
-        if list(expected) != self._sums:
-            raise ShardCorrupt("the bytes of a shard that was filling do not match their checksums")
+        """Compare the parts that came with what the node knew at their end (0: nothing). Raises ShardCorrupt."""
+        for part, found, known in zip(self._parts, self._sums, expected, strict=True):
+            if known and known != found:
+                raise ShardCorrupt(f"part {part} does not match its checksum")
 
     def _finish_part(self, part: int) -> None:
         found = self._hasher.intdigest()

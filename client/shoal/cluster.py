@@ -195,21 +195,27 @@ class Cluster:
             pass
         except ShardCorrupt as error:
             log.warning("fetching the snapshot anew: %s", error)
+            path.unlink(missing_ok=True)
         address, size_bytes = self._holder_of(digest)
-        fd, aside = tempfile.mkstemp(dir=path.parent, prefix=".fetching-")
+        # A file without a name: whatever happens to this process before the end, nothing is left of it.
+        try:
+            fd = os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError:
+            fd = os.memfd_create("shoal-snapshot")  # a file system without such files: a copy of our own
         try:
             os.ftruncate(fd, size_bytes)
             # Received into the file's own pages: a copy on the heap would be private to this process.
             with mmap.mmap(fd, size_bytes) as pages, memoryview(pages) as view:
                 self.transport.read_into(address, f"/v1/snapshots/{digest}", 0, size_bytes, view)
-            opened = Snapshot.open(aside)
+            opened = Snapshot.from_fd(fd)
             opened.verify()
             if opened.digest != digest:
                 raise ShardCorrupt(f"{address} sent snapshot {opened.digest} where {digest} was asked for")
-            Path(aside).rename(path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
+            try:
+                # As open(2) has it under O_TMPFILE; with a directory given Python calls linkat, which follows the link.
+                os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
+            except OSError as error:
+                log.debug("snapshot %s is not shared: %s", digest, error)  # mostly: another process was faster
         finally:
             os.close(fd)
         return opened

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import httptools
 
+from shoal import checksums
 from shoal.checksums import PartCheck
 from shoal.errors import NodeUnavailable
 
@@ -41,14 +42,12 @@ class Answer:
         headers: names in lower case.
         body: whole body; empty where it was received into a buffer or replaced by a descriptor.
         descriptor: file descriptor that the caller now owns, or None.
-        check: of the body, where its checksums are still to be compared.
     """
 
     status: int
     headers: Mapping[str, str]
     body: bytes = b""
     descriptor: int | None = None
-    check: PartCheck | None = None
 
     @property
     def epoch(self) -> int:
@@ -159,11 +158,15 @@ class Connection:
         length = 0 if method == "HEAD" else int(headers["content-length"])
         if make_view is not None and status < 400 and descriptor is None:
             view = make_view()
-            if length != len(view):
-                raise ConnectionResetError(f"it answered {length} bytes where {len(view)} were asked for")
             check = make_check(headers) if make_check is not None else None
-            self._receive(rest, view, check)
-            return Answer(status, headers, check=check)
+            trailing = bytearray(0 if check is None else check.trailing_bytes)
+            if length != len(view) + len(trailing):
+                raise ConnectionResetError(f"it answered {length} bytes where {len(view)} were asked for")
+            self._receive(rest[: len(view)], view, check)
+            if check is not None and trailing:
+                self._receive(rest[len(view) :], memoryview(trailing), None)
+                check.compare(checksums.unpack(trailing))
+            return Answer(status, headers)
         body = bytearray(length)
         self._receive(rest, memoryview(body), None)
         return Answer(status, headers, bytes(body), descriptor)

@@ -6,7 +6,6 @@ which one next, is the caller's affair.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,17 +14,15 @@ import pyarrow as pa
 from shoal import checksums, memory
 from shoal.checksums import PartCheck
 from shoal.connection import Answer, MakeView
-from shoal.errors import ShardCorrupt, ShoalError
+from shoal.errors import ShardCorrupt
 from shoal.maps import ShardId
 from shoal.transport import Transport
 from shoal.wire import batch
 from shoal.wire.batch import ShardRange
 
-log = logging.getLogger(__name__)
-
 WANT_CHECKSUMS = {"Shoal-Want-Checksums": "1"}
-#: What a node answers instead of checksums that it does not know yet: ask again when the bytes have come.
-LATER = "later"
+#: What a node answers instead of checksums that it does not know yet: they follow the body (`checksums.pack`).
+TRAILING = "trailing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,28 +81,10 @@ def read(
         part_size, sums = found.get("shoal-part-size"), found.get("shoal-checksums")
         if part_size is None or sums is None:
             return None
-        expected = None if sums == LATER else checksums.decode(sums)
+        expected = None if sums == TRAILING else checksums.decode(sums)
         return PartCheck(start, end, shard.size_bytes, int(part_size), expected)
 
-    answer = transport.get(address, shard.target, asked, make_view=make_view, make_check=make_check)
-    if answer.check is not None and not answer.check.is_settled:
-        _compare_late(transport, address, shard, asked, answer.check)
-    return answer
-
-
-def _compare_late(
-    transport: Transport, address: str, shard: ShardAt, asked: Mapping[str, str], check: PartCheck
-) -> None:
-    """Compare the parts of a shard that was filling when it was asked for: they have all come, so all are known now."""
-    try:
-        head = transport.get(address, shard.target, asked, method="HEAD")
-        sums = head.headers.get("shoal-checksums", LATER)
-    except ShoalError as error:
-        log.debug("%s does not tell the checksums of %s: %s", address, shard.target, error)
-        return
-    # It is gone from there already: the bytes came over a connection that ended well, straight from the fill.
-    if sums != LATER:
-        check.compare(checksums.decode(sums))
+    return transport.get(address, shard.target, asked, make_view=make_view, make_check=make_check)
 
 
 def read_batch(

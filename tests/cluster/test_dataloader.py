@@ -36,7 +36,6 @@ from tests.support.processes import (
     Reads,
     Say,
     cycle,
-    digest,
     files_of,
     link_tree,
     sockets_of,
@@ -167,7 +166,7 @@ def test_workers_that_live_for_several_epochs(dataset: Made, cluster: DevCluster
     persistent = loader(Reads(fs, dataset.jobs), "fork", workers=4, persistent_workers=True)
     first, *later = [check_epoch(persistent, dataset) for _ in range(4)]
     assert len(first) == 4 and later == [first] * 3
-    persistent._iterator._shutdown_workers()
+    del persistent
     Footprint.wait_for_return(cluster, tmp_path / "none", before)
 
 
@@ -301,13 +300,13 @@ def test_fork_while_a_thread_numbers_the_shards_of_a_snapshot(tmp_path: Path) ->
 
 def test_child_keeps_none_of_its_parents_connections(dataset: Made) -> None:
     """Else a connection that the parent closes stays open at the node until the last child ends."""
-    fs = dataset.filesystem(local=False)
+    others = sockets_of("self")  # of gRPC, of other tests
+    fs = dataset.filesystem()
     use_by_threads(dataset, fs)
     with readers(dataset, fs, 6):
         for _ in range(10):
-            own = sockets_of("self")
             with Child(lambda say: sockets_of("self")) as child:
-                assert not child.heard() & (own | sockets_of("self"))
+                assert child.heard() <= others
 
 
 def test_child_that_never_reads_lets_the_parents_connection_end() -> None:
@@ -331,12 +330,12 @@ def test_child_that_never_reads_lets_the_parents_connection_end() -> None:
                 connection.sendall(b"nonsense\r\n\r\n")
                 with pytest.raises(ShoalError):
                     request.result(DEADLINE_S)
-                connection.settimeout(2.0)
+                connection.settimeout(DEADLINE_S / 10)
                 assert connection.recv(1) == b""
 
 
-def test_workers_with_few_descriptors(cluster: DevCluster, tmp_path: Path) -> None:
-    """A process may map more shards than it may have files open: 1,024 is a common limit."""
+def test_maps_cost_no_descriptors(cluster: DevCluster, tmp_path: Path) -> None:
+    """A process may map more shards than it may have files open: 1,024 is a common limit, for the trainer's own."""
     (tmp_path / "origin").mkdir()
     (tmp_path / "origin" / "x").write_bytes(np.random.default_rng(1).bytes(10_000_000))
     made = Made(cluster, tmp_path / "origin", shard_size=32 << 10)
@@ -345,14 +344,16 @@ def test_workers_with_few_descriptors(cluster: DevCluster, tmp_path: Path) -> No
 
     def read(say: Say) -> tuple[list[str], int]:
         open_now = len(list(Path("/proc/self/fd").iterdir()))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 40, open_now + 40))
+        before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 40, hard))
         found = [WAYS[way](fs, path) for path, way in made.jobs]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
         return found, sum("/shards/" in path for path in files_of(os.getpid()))
 
     with Child(read) as child:
         found, mapped = child.heard()
     assert found == list(made.expected.values())
-    assert mapped > 40, "node 0 owns a third of the 306 shards"
+    assert mapped > 60, "node 0 owns a third of the 306 shards"
 
 
 ERRORS = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, ShoalError)]
@@ -365,8 +366,7 @@ def test_errors_survive_the_way_from_a_worker(error: ShoalError) -> None:
     assert (type(back), str(back), vars(back)) == (type(error), "why", vars(error))
 
 
-def test_file_system_and_digest_travel(dataset: Made) -> None:
+def test_pickled_file_system_reads_the_same(dataset: Made) -> None:
     fs = dataset.filesystem()
-    assert digest(fs.cat_file(dataset.jobs[0][0])) == digest(
-        pickle.loads(pickle.dumps(fs)).cat_file(dataset.jobs[0][0])
-    )
+    for path, way in dataset.jobs[-len(WAYS) :]:
+        dataset.check((path, way), WAYS[way](pickle.loads(pickle.dumps(fs)), path))

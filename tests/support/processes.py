@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import pyarrow as pa
 import xxhash
 
@@ -88,14 +89,10 @@ def _by_ranges(fs: ShoalFileSystem, path: str) -> str:
 
 
 def _by_buffer(fs: ShoalFileSystem, path: str) -> str:
-    if not hasattr(fs, "open_buffer"):  # XXX
-        return digest(fs.open(path).read_buffer())
     return digest(fs.open_buffer(path))
 
 
 def _by_arrow(fs: ShoalFileSystem, path: str) -> str:
-    if not hasattr(fs, "read_arrow"):  # XXX
-        return table_digest(pa.ipc.open_file(fs.open(path)).read_all())
     return table_digest(fs.read_arrow(path))
 
 
@@ -133,10 +130,10 @@ class Child:
     What `function` says, and at last what it returns, is `heard` here in that order.
     """
 
-    def __init__(self, function: Callable[[Say], Any], *, method: str = "fork") -> None:
-        context: Any = multiprocessing.get_context(method)
+    def __init__(self, function: Callable[[Say], Any], *, has_children: bool = False) -> None:
+        context: Any = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe(duplex=False)
-        self.process: BaseProcess = context.Process(target=_run, args=(function, theirs), daemon=True)
+        self.process: BaseProcess = context.Process(target=_run, args=(function, theirs), daemon=not has_children)
         self.process.start()
         theirs.close()  # so that the end of the child is the end of the pipe
 
@@ -151,6 +148,11 @@ class Child:
             raise AssertionError(f"process {self.pid} ended without a word: {self.process.exitcode}") from None
         assert kind != "raised", said
         return said
+
+    @property
+    def has_said_more(self) -> bool:
+        """Whether `heard` would return at once."""
+        return bool(self._connection.poll(0))
 
     @property
     def pid(self) -> int:
@@ -202,14 +204,50 @@ def _links(pid: int | str) -> Iterator[str]:
             pass  # closed meanwhile, or the listing's own
 
 
-def bytes_in_flight(port: int) -> int:
-    """Bytes that lie in the buffers of the connections to a TCP port of this machine, both ends and directions."""
-    total = 0
+@dataclass(frozen=True, slots=True)
+class TcpEnd:
+    """One end of an established TCP connection of this machine; `inode` is that of its socket.
+
+    `to_send` counts the bytes that the other end has not acknowledged, `to_read` those that the process has not taken.
+    """
+
+    port: int
+    peer_port: int
+    to_send: int
+    to_read: int
+    inode: str
+
+
+def tcp_ends() -> dict[tuple[int, int], TcpEnd]:
+    """All of them by their two ports (proc(5), /proc/net/tcp)."""
+    ends = {}
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        local, remote, state, queues = line.split()[1:5]
-        if state == "01" and port in (int(local[-4:], 16), int(remote[-4:], 16)):
-            total += sum(int(count, 16) for count in queues.split(":"))
-    return total
+        _, local, remote, state, waiting, _, _, _, _, inode, *_ = line.split()
+        if state == "01":
+            to_send, to_read = (int(count, 16) for count in waiting.split(":"))
+            port, peer_port = int(local[-4:], 16), int(remote[-4:], 16)
+            ends[port, peer_port] = TcpEnd(port, peer_port, to_send, to_read, inode)
+    return ends
+
+
+def bytes_under_way(pid: int, port: int) -> tuple[int, int]:
+    """Bytes in the buffers of a process's connections to a TCP port of this machine: those for it, those from it."""
+    ends, inodes = tcp_ends(), sockets_of(pid)
+    inward = outward = 0
+    for end in ends.values():
+        if end.peer_port == port and end.inode in inodes:
+            other = ends.get((end.peer_port, end.port))
+            inward += end.to_read + (other.to_send if other else 0)
+            outward += end.to_send + (other.to_read if other else 0)
+    return inward, outward
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process does something; one that only waits to be reaped does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +256,7 @@ class Footprint:
 
     Attributes:
         counts: a node's gauges, its sockets and its other descriptors. Those of sealed shards, which it keeps open on
-            purpose, do not count.
+            purpose, do not count, nor do the connections that nodes keep with each other.
         files: partial shards, and whatever lies in the directory for temporary files.
     """
 
@@ -228,14 +266,19 @@ class Footprint:
     @classmethod
     def of(cls, cluster: DevCluster, temporary: Path) -> Self:
         counts: Counter[str] = Counter()
-        files = set(map(str, temporary.rglob("*")))
+        files = {str(path) for path in temporary.rglob("*") if not path.is_dir()}
+        among_nodes = _among_nodes(cluster)
+        inodes = {end.inode for end in among_nodes}
         for node, url in zip(cluster.nodes, cluster.node_endpoints, strict=True):
             with urllib.request.urlopen(f"{url}/metrics", timeout=DEADLINE_S) as answer:
                 text = answer.read().decode()
             for name in _GAUGES:
                 (value,) = re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)
                 counts[f"{node.name} {name}"] = int(float(value))
-            counts.update(f"{node.name} {_kind(link)}" for link in _links(node.pid) if "/shards/" not in link)
+            from_nodes = sum(url.endswith(f":{end.port}") for end in among_nodes)
+            counts[f"{node.name} shoal_node_connections"] -= from_nodes
+            links = [link for link in _links(node.pid) if "/shards/" not in link and link[8:-1] not in inodes]
+            counts.update(f"{node.name} {_kind(link)}" for link in links)
             files.update(map(str, (cluster.data_dir / node.name / "filling").iterdir()))
         return cls(counts, frozenset(files))
 
@@ -254,6 +297,14 @@ class Footprint:
             return True
 
         wait_for(is_gone)
+
+
+def _among_nodes(cluster: DevCluster) -> list[TcpEnd]:
+    """Both ends of the connections between two cache nodes."""
+    inodes = set().union(*(sockets_of(node.pid) for node in cluster.nodes))
+    ends = tcp_ends()
+    pairs = ((end, ends.get((end.peer_port, end.port))) for end in ends.values())
+    return [end for end, other in pairs if other and end.inode in inodes and other.inode in inodes]
 
 
 def _kind(link: str) -> str:

@@ -123,7 +123,7 @@ def test_killed_fill_goes_on_where_it_was_and_trusts_no_torn_part(tmp_path: Path
 
 def test_foreign_or_resized_partial_file_is_begun_anew(tmp_path: Path) -> None:
     store = Store(tmp_path, 10_000, part_size=PART)
-    store.begin(key(1), 200)
+    store.begin(key(1), 200).open()
     crash(store)
     os.setxattr(tmp_path / "filling" / key(1).hex(), XATTR, b"garbage")
     store = Store(tmp_path, 10_000, part_size=PART)
@@ -243,7 +243,8 @@ class StoreMachine(RuleBasedStateMachine):
         partial = self.partials.pop(number)
         if keep:
             self.store.suspend(partial)
-            self.left_over[number] = partial.header.size_bytes
+            if partial.has_file:
+                self.left_over[number] = partial.header.size_bytes
         else:
             partial.drop()
 
@@ -255,8 +256,9 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(clean=st.booleans())
     def restart(self, clean: bool) -> None:
         for number, partial in self.partials.items():
-            self.left_over[number] = partial.header.size_bytes
-            partial.file.release()
+            if partial.has_file:
+                self.left_over[number] = partial.header.size_bytes
+            partial.close()
         self.partials.clear()
         if clean:
             self.store.close()
