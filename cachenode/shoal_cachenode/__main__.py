@@ -29,6 +29,9 @@ log = logging.getLogger("shoal_cachenode")
 #: Of the file system's room, what a node takes when it is not told.
 DEFAULT_SHARE = 0.8
 
+#: One core sends some 5 GB/s. With few of them the loop sends alone: the other is the readers' or the fills'.
+SENDERS = min(8, len(os.sched_getaffinity(0)) // 4)
+
 EXAMPLES = """\b
 Examples:
   shoal-cachenode --controller shoal-controller:7440 --data-dir /nvme/shoal --capacity 1.5TiB
@@ -47,6 +50,7 @@ Every flag is also an environment variable: SHOAL_CACHENODE_DATA_DIR, SHOAL_CACH
 @click.option("--topology", default="", metavar="KEY=VALUE,…", help="zone, rack and host, for spreading replicas.")
 @click.option("--fetches", default=16, type=click.IntRange(1, 256), help="Part fetches at a time (8 MiB each).")
 @click.option("--congestion", default="cubic", metavar="NAME", help="TCP congestion control; '': the system's.")
+@click.option("--senders", default=SENDERS, type=click.IntRange(0, 256), help="Threads that send large bodies.")
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 @click.version_option(package_name="shoal")
 def main(
@@ -59,6 +63,7 @@ def main(
     topology: str,
     fetches: int,
     congestion: str,
+    senders: int,
     log_level: str,
 ) -> None:
     """Serve a share of the cluster's cache from this machine's drive."""
@@ -71,7 +76,7 @@ def main(
         labels.setdefault("host", socket.gethostname())
         config = Config(data_dir.absolute(), _capacity(data_dir, capacity), labels, fetches)
         name = advertise or (host if host not in ("0.0.0.0", "::") else socket.gethostname())
-        _run(_serve(config, controller, host, port, name, socket_path.absolute(), congestion))
+        _run(_serve(config, controller, host, port, name, socket_path.absolute(), congestion, senders))
     except ShoalError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(1) from None
@@ -87,7 +92,7 @@ def _run(coroutine: object) -> None:
 
 
 async def _serve(
-    config: Config, controller: str, host: str, port: int, name: str, socket_path: Path, congestion: str
+    config: Config, controller: str, host: str, port: int, name: str, socket_path: Path, congestion: str, senders: int
 ) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -101,6 +106,7 @@ async def _serve(
         epoch=view.epoch,
         max_body=batch.MAX_REQUEST_BYTES,
         congestion=congestion,
+        senders=senders,
     )
     try:
         port = await _listen(server, host, port)

@@ -24,14 +24,14 @@ PAYLOAD = bytes(range(256)) * 2000
 class Served:
     """A server in a thread, over handlers by path."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, senders: int = 0) -> None:
         self.file = directory / "file"
         self.file.write_bytes(PAYLOAD)
         self.released = 0
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        self.server = HttpServer(self.handle, epoch=lambda: 7)
+        self.server = HttpServer(self.handle, epoch=lambda: 7, congestion="cubic", senders=senders)
         self.port = self.run(self.server.listen_tcp("127.0.0.1", 0))
         self.unix = directory / "s.sock"
         self.run(self.server.listen_unix(self.unix))
@@ -80,9 +80,10 @@ class Served:
         self.loop.close()
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    served = Served(tmp_path)
+@pytest.fixture(params=[0, 2], ids=["loop", "threads"])
+def served(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    monkeypatch.setattr(http_connection, "BULK_BYTES", 1000)
+    served = Served(tmp_path, senders=request.param)
     yield served
     served.close()
 

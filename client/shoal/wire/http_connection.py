@@ -17,6 +17,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from urllib.parse import parse_qsl, unquote
 
@@ -28,6 +29,9 @@ from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
 MAX_HEAD = 16 << 10
 #: Bytes handed to one sendfile call: enough to amortise the call, small enough to share the loop.
 SENDFILE_STRIDE = 1 << 20
+#: A body of which so much is left is worth a thread of `Senders`, which sends so much of it at a time.
+BULK_BYTES = 4 << 20
+OFFLOAD_BYTES = 32 << 20
 #: A connection that neither asks nor takes bytes for so long is closed.
 IDLE_TIMEOUT_S = 120.0
 SEND_STALL_TIMEOUT_S = 60.0
@@ -91,11 +95,40 @@ class _Head:
         self._ready.append((request, self.parser.should_keep_alive()))
 
 
+class Senders:
+    """Threads that send large bodies beside the event loop, so that a node fills a wire that one core cannot.
+
+    Sending is the kernel's work and holds no interpreter lock, so threads share it well. A job sends until its socket
+    is full, never longer, so a slow reader holds no thread. Only the loop takes and gives back.
+
+    Args:
+        count: threads; 0: the loop sends everything by itself.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.threads = ThreadPoolExecutor(max(1, count), thread_name_prefix="send")
+        self._free = count
+
+    def take(self) -> bool:
+        """Whether a thread is free; it is the caller's until `give_back`."""
+        if self._free == 0:
+            return False
+        self._free -= 1
+        return True
+
+    def give_back(self) -> None:
+        self._free += 1
+
+    def close(self) -> None:
+        self.threads.shutdown(wait=False)
+
+
 class Connection:
     """One socket: requests in, responses out."""
 
-    def __init__(self, sock: socket.socket, *, is_local: bool, max_body: int) -> None:
+    def __init__(self, sock: socket.socket, *, is_local: bool, max_body: int, senders: Senders) -> None:
         self._sock = sock
+        self._senders = senders
         self._loop = asyncio.get_running_loop()
         self._ready: deque[tuple[Request, bool]] = deque()
         self._head = _Head(self._ready, is_local, max_body)
@@ -212,12 +245,20 @@ class Connection:
         out = self._sock.fileno()
         while left:
             stride = min(left, SENDFILE_STRIDE)
+            is_ready = is_resident(piece.fd, offset, stride)
             try:
-                if is_resident(piece.fd, offset, stride):
+                if is_ready and left >= BULK_BYTES and self._senders.take():
+                    try:
+                        sent = await _finish(
+                            self._loop.run_in_executor(self._senders.threads, _send, out, piece.fd, offset, left)
+                        )
+                    finally:
+                        self._senders.give_back()
+                elif is_ready:
                     sent = os.sendfile(out, piece.fd, offset, stride)
                 else:
                     # Reading the disk would hold up everybody on the loop, so that read happens in a thread.
-                    sent = await self._loop.run_in_executor(None, os.sendfile, out, piece.fd, offset, stride)
+                    sent = await _finish(self._loop.run_in_executor(None, os.sendfile, out, piece.fd, offset, stride))
             except BlockingIOError:
                 await self._writable()
                 continue
@@ -225,7 +266,7 @@ class Connection:
                 raise ShoalError(f"a file ended {left} bytes early")
             offset += sent
             left -= sent
-            if sent == stride and left:
+            if sent >= stride and left:
                 await asyncio.sleep(0)  # a fast reader must not keep the loop from the others
 
     async def _writable(self) -> None:
@@ -255,6 +296,34 @@ class Connection:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the peer was faster
+
+
+def _send(out: int, fd: int, offset: int, left: int) -> int:
+    """In a thread: send until the socket is full, `OFFLOAD_BYTES` at most; returns the bytes sent.
+
+    Raises BlockingIOError where it was full before the first.
+    """
+    sent = 0
+    while sent < min(left, OFFLOAD_BYTES):
+        try:
+            count = os.sendfile(out, fd, offset + sent, min(left - sent, SENDFILE_STRIDE))
+        except BlockingIOError:
+            if sent:
+                break
+            raise
+        if count == 0:
+            break
+        sent += count
+    return sent
+
+
+async def _finish(job: asyncio.Future[int]) -> int:
+    """The result of a job in a thread; waits for its end also when cancelled, because it uses our descriptors."""
+    try:
+        return await asyncio.shield(job)
+    except asyncio.CancelledError:
+        await asyncio.wait([job])
+        raise
 
 
 def _set_done(future: asyncio.Future[None]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from shoal.errors import InvalidRequest, ShoalError
 from shoal.wire import http_errors
 from shoal.wire.byte_range import RangeNotSatisfiable
-from shoal.wire.http_connection import BadRequest, Connection
+from shoal.wire.http_connection import BadRequest, Connection, Senders
 from shoal.wire.http_messages import Request, Response
 
 log = logging.getLogger(__name__)
@@ -38,14 +38,18 @@ class MethodNotAllowed(InvalidRequest):
 class HttpServer:
     """Serves one handler on any number of TCP and Unix sockets of the running event loop."""
 
-    def __init__(self, handler: Handler, *, epoch: Callable[[], int], max_body: int = 0, congestion: str = "") -> None:
+    def __init__(
+        self, handler: Handler, *, epoch: Callable[[], int], max_body: int = 0, congestion: str = "", senders: int = 0
+    ) -> None:
         """Serve nothing yet.
 
         Args:
             epoch: of the cluster map, for every response.
             max_body: bytes of the largest request body; 0: only GET and HEAD are served.
             congestion: TCP congestion control of connections, as in tcp(7); "", or one the kernel lacks: the system's.
+            senders: threads that send large bodies; 0: the loop sends them.
         """
+        self._senders = Senders(senders)
         self._handler = handler
         self._max_body = max_body
         self._congestion = congestion
@@ -109,6 +113,7 @@ class HttpServer:
             listener.close()
         for path in self._paths:
             path.unlink(missing_ok=True)
+        self._senders.close()
         self._listeners.clear()
         self._paths.clear()
 
@@ -130,7 +135,7 @@ class HttpServer:
             task.add_done_callback(self._connections.discard)
 
     async def _serve(self, sock: socket.socket, is_local: bool) -> None:
-        connection = Connection(sock, is_local=is_local, max_body=self._max_body)
+        connection = Connection(sock, is_local=is_local, max_body=self._max_body, senders=self._senders)
         try:
             while (request := await connection.next_request()) is not None:
                 response = await self._answer(request)
