@@ -29,7 +29,7 @@ MakeCheck = Callable[[Mapping[str, str]], PartCheck | None]
 class Interrupted(NodeUnavailable):
     """The connection failed after `received` bytes of the body, which are good."""
 
-    def __init__(self, sentence: str, received: int) -> None:
+    def __init__(self, sentence: str, received: int = 0) -> None:  # a default, so that it can be unpickled
         super().__init__(sentence)
         self.received = received
 

@@ -91,7 +91,15 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         self._target_protocol = target_protocol
         self._target_options = dict(target_options or {})
         self._pins: dict[str, Pinned] = {}
+        self._promised: dict[
+            str, str
+        ] = {}  # root to digest: pins of what this was pickled from
         self._readers: dict[str, ObjectReader] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with its pins, so that a spawned worker reads the snapshots that its parent and forked ones do."""
+        pins = self._promised | {root: pinned.snapshot.digest for root, pinned in self._pins.items()}
+        return _restored, (super().__reduce__(), pins)
 
     @property
     def cluster(self) -> Cluster:
@@ -127,7 +135,7 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         pinned = self._pins.get(parsed.root)
         if pinned is None:
             record = self.cluster.dataset(parsed.dataset)
-            digest = _choose_snapshot(record, parsed.snapshot)
+            digest = self._promised.get(parsed.root) or _choose_snapshot(record, parsed.snapshot)
             pinned = self.pin(parsed.root, record, self.cluster.snapshot(digest))
         return pinned, parsed.path
 
@@ -142,7 +150,8 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         url = str(urls.parse(path if "://" in path else f"{self._target_protocol}://{path}"))
         record, inside = self.cluster.resolve(url, self._target_endpoint())
         root = path[: len(path) - len(inside)].rstrip("/") if inside else path
-        return self.pin(root, record, self.cluster.snapshot(record.snapshot)), inside
+        digest = self._promised.get(root, record.snapshot)
+        return self.pin(root, record, self.cluster.snapshot(digest)), inside
 
     def _target_endpoint(self) -> str:
         client = self._target_options.get("client_kwargs") or {}
@@ -412,6 +421,14 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
 
     def touch(self, path: str, truncate: bool = True, **kwargs: Any) -> None:
         self._refuse(f"write {path!r}")
+
+
+def _restored(reduced: tuple[Any, ...], pins: dict[str, str]) -> ShoalFileSystem:
+    make, arguments = reduced
+    fs: ShoalFileSystem = make(*arguments)
+    for root, digest in pins.items():
+        fs._promised.setdefault(root, digest)  # a file system of this process may have touched the dataset before
+    return fs
 
 
 def _choose_snapshot(record: DatasetRecord, wanted: str) -> str:

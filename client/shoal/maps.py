@@ -1,7 +1,8 @@
 """The shards that this process has mapped, so that a second read of one costs a dictionary look-up.
 
 A map is made from a descriptor that the local node passed, and the descriptor is closed at once: maps cost address
-space, neither memory of this process nor descriptors. All processes of the machine share the pages.
+space, neither memory of this process nor descriptors (Python's `mmap` would keep one each, of the 1,024 that a process
+commonly has). All processes of the machine share the pages.
 
 How long is a map good? The node never truncates or writes a sealed file; it evicts by ``unlink``. So a map, and every
 buffer sliced from it, stays valid and unchanged as long as somebody holds it, even after the node evicted the shard,
@@ -13,7 +14,10 @@ The rule: an entry is a whole sealed shard, or it is not here.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
+import os
 import threading
 from collections import OrderedDict
 
@@ -53,11 +57,41 @@ class Maps:
         """Map the file behind `descriptor`, which stays the caller's, and keep the map.
 
         Raises:
-            OSError, ValueError: it cannot be mapped, or is shorter than `length`.
+            OSError: it cannot be mapped, or is shorter than `length`.
         """
-        buffer = pa.py_buffer(mmap.mmap(descriptor, length, prot=mmap.PROT_READ))
+        buffer = _map(descriptor, length)
         with self._lock:
             kept = self._maps.setdefault(shard, buffer)  # another thread may have been faster: share its map
             while len(self._maps) > self._limit:
                 self._maps.popitem(last=False)
             return kept
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_FAILED = ctypes.c_void_p(-1).value
+
+
+class _Region:
+    """Mapped memory, unmapped with the last buffer that has this as its base."""
+
+    __slots__ = ("_unmap", "address", "length")
+
+    def __init__(self, address: int, length: int) -> None:
+        self.address, self.length = address, length
+        self._unmap = _libc.munmap  # its own reference: modules may be gone when the interpreter ends
+
+    def __del__(self) -> None:
+        self._unmap(self.address, self.length)
+
+
+def _map(descriptor: int, length: int) -> pa.Buffer:
+    if os.fstat(descriptor).st_size < length:  # touching pages past the end of a file is a SIGBUS
+        raise OSError(errno.EINVAL, "the file is shorter than its shard")
+    address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    if address is None or address == _FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return pa.foreign_buffer(address, length, base=_Region(address, length))

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,25 @@ from shoal.errors import NotFound, ShardCorrupt, SnapshotNotFound, StoreUnusable
 from shoal.snapshot_file import write
 
 __all__ = ["Entry", "ShardTable", "Snapshot", "write"]
+
+
+T = TypeVar("T")
+
+
+class _once(Generic[T]):
+    """`functools.cached_property` without the lock that Python 3.11 has in it.
+
+    That lock is one for all snapshots of the process, and a child forked while another thread holds it waits for ever.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self._name = compute.__name__
+
+    def __get__(self, instance: object, owner: type) -> T:
+        value = self._compute(instance)
+        instance.__dict__[self._name] = value  # found before this object from now on
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +143,7 @@ class Snapshot:
     def __repr__(self) -> str:
         return f"<Snapshot {self.digest} of {self.origin}: {len(self):,} objects>"
 
-    @cached_property
+    @_once
     def total_bytes(self) -> int:
         """Bytes of all objects."""
         return int(self._sizes.sum())
@@ -229,7 +249,7 @@ class Snapshot:
 
     # Threads that race to fill a cached property compute equal values, and one of them stays.
 
-    @cached_property
+    @_once
     def _surplus(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The rows that have not exactly one shard, and how many more shards than rows lie before each (and the end).
 
@@ -239,7 +259,7 @@ class Snapshot:
         counts = _shard_counts(self._sizes[rows], self.shard_size)
         return rows, np.concatenate([np.zeros(1, np.int64), np.cumsum(counts - 1)])
 
-    @cached_property
+    @_once
     def _whole_table(self) -> ShardTable:
         return self._table(0, len(self))
 

@@ -136,7 +136,7 @@ class Transport:
     def _connect(self, address: str) -> Connection:
         try:
             if address.startswith("unix:"):
-                sock = socket.socket(socket.AF_UNIX)
+                sock = _new_socket(socket.AF_UNIX)
                 sock.settimeout(self._connect_timeout_s)
                 try:
                     sock.connect(address[5:])
@@ -145,7 +145,7 @@ class Transport:
                     raise
             else:
                 host, _, port = address.rpartition(":")
-                sock = socket.create_connection((host.strip("[]"), int(port)), timeout=self._connect_timeout_s)
+                sock = _connect_tcp(host.strip("[]"), int(port), self._connect_timeout_s)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except (OSError, ValueError, OverflowError) as error:
             reason = "no answer within the time limit" if isinstance(error, TimeoutError) else error
@@ -159,15 +159,43 @@ class Transport:
 
 
 _transports: weakref.WeakSet[Transport] = weakref.WeakSet()
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+# Held from the making of a socket until `_sockets` has it, and by a fork: a child closes all sockets, also those that a
+# thread of its parent is using, for else the node would not see that the parent closes them.
+_making = threading.Lock()
+
+
+def _new_socket(family: int) -> socket.socket:
+    with _making:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        _sockets.add(sock)
+        return sock
+
+
+def _connect_tcp(host: str, port: int, timeout_s: float) -> socket.socket:
+    failure: OSError | None = None
+    for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = _new_socket(family)
+        sock.settimeout(timeout_s)
+        try:
+            sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+    raise failure or OSError(f"{host} has no address")
 
 
 def _after_fork_in_child() -> None:
     # The lock may have been held by a thread that does not exist here, and the sockets are the parent's.
+    for sock in list(_sockets):
+        sock.close()
     for transport in _transports:
         transport._forget()
+    _making.release()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_after_fork_in_child)
 
 
 def is_worth_another_node(error: ShoalError) -> bool:

@@ -370,3 +370,21 @@ def test_pickled_file_system_reads_the_same(dataset: Made) -> None:
     fs = dataset.filesystem()
     for path, way in dataset.jobs[-len(WAYS) :]:
         dataset.check((path, way), WAYS[way](pickle.loads(pickle.dumps(fs)), path))
+
+
+def test_pickled_file_system_keeps_its_snapshot(cluster: DevCluster, tmp_path: Path) -> None:
+    """A worker that is spawned after a refresh reads what its parent reads, as a forked one does."""
+    path = tmp_path / "origin" / "x"
+    path.parent.mkdir()
+    path.write_bytes(b"before")
+    made = Made(cluster, path.parent)
+    made.warm()
+    fs = made.filesystem()
+    assert fs.cat_file(f"{made.name}/x") == b"before"
+    path.write_bytes(b"after, longer")
+    with Control(cluster.controller_grpc) as control:
+        control.refresh_dataset(made.name)
+    assert made.filesystem().cat_file(f"{made.name}/x") == b"after, longer"
+    spawned = pickle.loads(pickle.dumps(fs))
+    assert spawned is not fs
+    assert spawned.cat_file(f"{made.name}/x") == b"before"

@@ -126,7 +126,7 @@ def bounds(tight: bool) -> Iterator[None]:
 
 @pytest.mark.parametrize("tight", [False, True])
 @given(wanted=WANTED, states=STATES, mapped=st.sets(st.sampled_from(sorted(OBJECTS)), max_size=2))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_ranges_over_any_cached_parts(
     cluster: MiniCluster,
     tight: bool,

@@ -1,0 +1,277 @@
+"""Bits of a sealed shard that flip on the drive: whoever receives them over the network notices, and nobody passes
+them on.
+
+Nodes do not read a sealed shard again before they send it, so it is the reader's comparison that these tests are about:
+with ``verify=False`` the very same reads give the wrong byte.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal import shards
+from shoal.cluster_map import Node
+from shoal.errors import ShardCorrupt
+from shoal.filesystem import ShoalFileSystem
+from shoal.reader import ObjectReader
+from shoal.transport import Transport
+from shoal_cachenode.node import CacheNode
+from tests.support.minicluster import MiniCluster
+
+PART, SHARD = 64, 256
+PLAIN = bytes(i * 37 % 251 for i in range(600))  # three shards; the last has a short part at its end
+SMALL = {f"small/{n}": bytes((i * n) % 251 for i in range(40)) for n in range(1, 9)}
+OBJECTS = {"o": PLAIN, **SMALL}
+
+
+class Harm:
+    """A cluster whose drives this test writes to behind the nodes' backs."""
+
+    def __init__(self, cluster: MiniCluster) -> None:
+        self.cluster = cluster
+        self.trusting: list[ShoalFileSystem] = []
+
+    def filesystem(self, *, verify: bool = True) -> ShoalFileSystem:
+        endpoint = self.cluster.nodes[0].address
+        return ShoalFileSystem(endpoint=endpoint, local=False, verify=verify, skip_instance_cache=True)
+
+    def order(self, path: str, index: int) -> list[CacheNode]:
+        """Who owns a shard, the first one first, and then everybody else."""
+        fs = self.filesystem()
+        row = self._row(path)
+        placement = fs.cluster.placement(self.cluster.snapshot, self.cluster.replicas)
+        nodes: tuple[Node, ...] = placement.order(
+            self.cluster.snapshot.first_shard(row) + index, self._key(path, index)
+        )
+        return [next(n for n in self.cluster.nodes if n.id == node.id) for node in nodes]
+
+    def fill(self, node: CacheNode, path: str, index: int) -> bytes:
+        """Let a node seal a shard: ask it for all of it, and wait; return the bytes that it sent."""
+        reader = ObjectReader(
+            self.filesystem().cluster, self.cluster.snapshot, self.cluster.replicas, self._row(path), verify=True
+        )
+        shard = reader.shard(index)
+        view = memoryview(bytearray(shard.size_bytes))
+        Transport().read_into(node.address, shard.target, 0, shard.size_bytes, view)
+        self.cluster.run(node.fills.settle())
+        return bytes(view)
+
+    def fill_all(self) -> None:
+        fs = self.filesystem()
+        for path in OBJECTS:
+            fs.cat_file(f"set/{path}")
+        for node in self.cluster.nodes:
+            self.cluster.run(node.fills.settle())
+
+    def file(self, node: CacheNode, path: str, index: int) -> Path | None:
+        """The sealed file of a shard on a node's drive, if it has one."""
+        key = self._key(path, index).hex()
+        return next((node.config.data_dir / "shards").rglob(key), None)
+
+    def flip(self, node: CacheNode, path: str, place: int) -> bytes:
+        """Flip a bit of a sealed object on a node's drive; return the object as it is there now."""
+        index, offset = divmod(place, SHARD)
+        file = self.file(node, path, index)
+        assert file is not None, "only what is sealed can be harmed"
+        file.chmod(0o644)
+        with file.open("rb+") as opened:
+            opened.seek(offset)
+            (byte,) = opened.read(1)
+            opened.seek(offset)
+            opened.write(bytes([byte ^ 0x10]))
+        file.chmod(0o444)
+        plain = OBJECTS[path]
+        return plain[:place] + bytes([plain[place] ^ 0x10]) + plain[place + 1 :]
+
+    def _row(self, path: str) -> int:
+        row = self.cluster.snapshot.find(path)
+        assert row is not None
+        return row
+
+    def _key(self, path: str, index: int) -> bytes:
+        return shards.shard_key(self.cluster.snapshot.key(self._row(path)), index)
+
+
+def start(directory: Path, **options: Any) -> MiniCluster:
+    return MiniCluster(directory, OBJECTS, part_size=PART, shard_size=SHARD, **options)
+
+
+@pytest.fixture
+def one_copy(tmp_path: Path) -> Iterator[Harm]:
+    """Three nodes; each shard is sealed on one of them."""
+    with start(tmp_path, nodes=3) as cluster:
+        harm = Harm(cluster)
+        harm.fill_all()
+        yield harm
+
+
+@pytest.fixture
+def two_copies(tmp_path: Path) -> Iterator[Harm]:
+    """Three nodes; each shard is sealed on two of them."""
+    with start(tmp_path, nodes=3, replicas=2) as cluster:
+        harm = Harm(cluster)
+        for path, plain in OBJECTS.items():
+            for index in range(shards.shard_count(len(plain), SHARD)):
+                for node in harm.order(path, index)[:2]:
+                    assert harm.fill(node, path, index) == plain[index * SHARD : (index + 1) * SHARD]
+        yield harm
+
+
+# The only copy
+
+
+@pytest.mark.parametrize("place", [0, 63, 64, 130, 255, 256, 511, 512, 575, 576, 599])
+def test_wrong_byte_of_the_only_copy_is_an_error(one_copy: Harm, place: int) -> None:
+    wrong = one_copy.flip(one_copy.order("o", place // SHARD)[0], "o", place)
+    assert one_copy.filesystem(verify=False).cat_file("set/o") == wrong
+    fs = one_copy.filesystem()
+    into = bytearray(len(PLAIN))
+    with fs.open("set/o") as file:
+        for read in (lambda: fs.cat_file("set/o"), lambda: fs.open_buffer("set/o"), lambda: fs.open_buffers("set/o"),
+                     lambda: file.readinto(into)):  # fmt: skip
+            with pytest.raises(ShardCorrupt, match=f"part {place % SHARD // PART} does not match its checksum"):
+                read()
+    # Its own part and nothing else is refused.
+    first = place - place % PART
+    with pytest.raises(ShardCorrupt):
+        fs.cat_file("set/o", first, first + PART)
+    assert fs.cat_file("set/o", 0, first) == PLAIN[:first]
+    assert fs.cat_file("set/o", first + PART) == PLAIN[first + PART :]
+
+
+def test_every_node_that_passes_it_on_compares_too(one_copy: Harm) -> None:
+    """Who asks a node that is not the owner is not given what the owner has."""
+    owner, *others = one_copy.order("o", 0)
+    one_copy.flip(owner, "o", 100)
+    for node in others:
+        with pytest.raises(ShardCorrupt):
+            one_copy.fill(node, "o", 0)
+        assert one_copy.file(node, "o", 0) is None
+
+
+def test_part_that_a_range_only_touches_is_not_compared(one_copy: Harm) -> None:
+    """As `shoal.checksums` says. Whoever changes that may turn this test around."""
+    wrong = one_copy.flip(one_copy.order("o", 0)[0], "o", 100)
+    fs = one_copy.filesystem()
+    assert fs.cat_file("set/o", 65, 128) == wrong[65:128]
+    assert fs.cat_file("set/o", 0, 127) == wrong[:127]
+    with pytest.raises(ShardCorrupt):
+        fs.cat_file("set/o", 64, 128)
+
+
+# One of two copies
+
+
+@pytest.mark.parametrize("place", [0, 130, 255, 511, 599])
+def test_right_bytes_come_from_the_other_copy(two_copies: Harm, place: int) -> None:
+    first, second, _ = two_copies.order("o", place // SHARD)
+    wrong = two_copies.flip(first, "o", place)
+    asked_of_origin = two_copies.cluster.origin.bytes_read
+    fs = two_copies.filesystem()
+    assert fs.cat_file("set/o") == PLAIN
+    assert fs.open_buffer("set/o").to_pybytes() == PLAIN
+    assert b"".join(b.to_pybytes() for b in fs.open_buffers("set/o")) == PLAIN
+    assert two_copies.cluster.origin.bytes_read == asked_of_origin
+    assert two_copies.filesystem(verify=False).cat_file("set/o") == wrong
+    two_copies.flip(second, "o", place)
+    with pytest.raises(ShardCorrupt):
+        fs.cat_file("set/o")
+
+
+# Batches
+
+
+def test_wrong_byte_of_a_whole_object_in_a_batch(one_copy: Harm) -> None:
+    wrong = one_copy.flip(one_copy.order("small/3", 0)[0], "small/3", 17)
+    paths = [f"set/{path}" for path in SMALL]
+    trusting, fs = one_copy.filesystem(verify=False), one_copy.filesystem()
+    expected = [SMALL[path] for path in SMALL]
+    for starts, ends in ((None, None), ([0] * 8, [40] * 8)):
+        assert trusting.cat_ranges(paths, starts, ends) == [*expected[:2], wrong, *expected[3:]]
+        found = fs.cat_ranges(paths, starts, ends)
+        assert isinstance(found.pop(2), ShardCorrupt)
+        assert found == [*expected[:2], *expected[3:]]
+        with pytest.raises(ShardCorrupt, match="part 0 does not match"):
+            fs.cat_ranges(paths, starts, ends, on_error="raise")
+
+
+def test_batch_takes_the_other_copy_for_what_is_wrong(two_copies: Harm) -> None:
+    for path in list(SMALL)[::2]:
+        two_copies.flip(two_copies.order(path, 0)[0], path, 39)
+    paths = [f"set/{path}" for path in SMALL]
+    assert two_copies.filesystem().cat_ranges(paths, None, None, on_error="raise") == list(SMALL.values())
+    assert two_copies.filesystem(verify=False).cat_ranges(paths, None, None) != list(SMALL.values())
+
+
+# Fills between nodes
+
+
+def is_sealed_right(harm: Harm, node: CacheNode, path: str, index: int) -> bool:
+    file = harm.file(node, path, index)
+    return file is not None and file.read_bytes() == OBJECTS[path][index * SHARD : (index + 1) * SHARD]
+
+
+@pytest.mark.parametrize("place", [0, 100, 255, 256 + 64, 599])
+def test_second_owner_does_not_seal_the_first_ones_wrong_byte(tmp_path: Path, place: int) -> None:
+    index = place // SHARD
+    with start(tmp_path, nodes=2, replicas=2) as cluster:
+        harm = Harm(cluster)
+        first, second = harm.order("o", index)
+        harm.fill(first, "o", index)
+        before = cluster.origin.bytes_read
+        harm.flip(first, "o", place)
+        plain = PLAIN[index * SHARD : (index + 1) * SHARD]
+        assert harm.fill(second, "o", index) == plain
+        assert is_sealed_right(harm, second, "o", index)
+        # The origin stood in, at most for all of it and at least for the part.
+        assert before + min(PART, len(plain) - place % SHARD // PART * PART) <= cluster.origin.bytes_read
+        assert cluster.origin.bytes_read <= before + len(plain)
+
+
+def test_without_harm_the_second_owner_asks_only_the_first(tmp_path: Path) -> None:
+    """So that the test above is about a fill between nodes at all."""
+    with start(tmp_path, nodes=2, replicas=2) as cluster:
+        harm = Harm(cluster)
+        first, second = harm.order("o", 0)
+        harm.fill(first, "o", 0)
+        before = cluster.origin.bytes_read
+        assert harm.fill(second, "o", 0) == PLAIN[:SHARD]
+        assert is_sealed_right(harm, second, "o", 0) and cluster.origin.bytes_read == before
+
+
+def test_new_owner_does_not_seal_the_old_ones_wrong_byte(tmp_path: Path) -> None:
+    with start(tmp_path, nodes=2) as cluster:
+        harm = Harm(cluster)
+        owner = harm.order("o", 0)[0]
+        gone = cluster.nodes.index(owner)
+        cluster.publish(absent=(gone,))
+        harm.filesystem().cluster.refresh_map()
+        (former,) = harm.order("o", 0)
+        assert harm.fill(former, "o", 0) == PLAIN[:SHARD]
+        cluster.publish()
+        harm.filesystem().cluster.refresh_map()
+        harm.flip(former, "o", 200)
+        assert harm.fill(owner, "o", 0) == PLAIN[:SHARD]
+        assert is_sealed_right(harm, owner, "o", 0)
+
+
+def test_wrong_byte_in_what_a_killed_fill_left_is_filled_anew(tmp_path: Path) -> None:
+    """A part that was written and noted, and then harmed before the shard was whole."""
+    with start(tmp_path, nodes=1) as cluster:
+        harm = Harm(cluster)
+        (node,) = cluster.nodes
+        key = harm._key("o", 0)
+        partial = node.store.begin(key, SHARD)
+        for part in (0, 1):
+            partial.write_part(part, PLAIN[part * PART : (part + 1) * PART])
+        os.pwrite(partial.fd, b"\xff", 70)
+        node.store.suspend(partial)
+        for fs in (harm.filesystem(verify=False), harm.filesystem()):
+            assert fs.cat_file("set/o") == PLAIN
+        cluster.run(node.fills.settle())
+        assert is_sealed_right(harm, node, "o", 0)
