@@ -16,12 +16,16 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
+import numpy as np
+
 from shoal import checksums, shard_client
 from shoal.cluster_map import Node as MapNode
+from shoal.connection import MAX_DESCRIPTORS
 from shoal.errors import NotCached, Overloaded, ShoalError, SnapshotNotFound, Unavailable
 from shoal.shards import Key
 from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
+from shoal.wire.places import format_places
 from shoal_cachenode.fill import DiskFailed, Fill, Urgency
 from shoal_cachenode.handover import Handover
 from shoal_cachenode.library import Knowledge, ShardSpec, find_shard
@@ -37,6 +41,9 @@ log = logging.getLogger(__name__)
 THROUGH_AHEAD_BYTES = 16 << 20
 #: Shards whose look-up is remembered; it costs as much as the rest of a small request.
 SHARDS_REMEMBERED = 1 << 16
+#: Descriptors go along with one of a shard so large, for shards so near in the snapshot.
+ALONG_FROM = 1 << 20
+ALONG_WITHIN = 4096
 BINARY = "application/octet-stream"
 
 
@@ -107,9 +114,7 @@ class DataPlane:
 
     def _from_file(self, request: Request, spec: ShardSpec, wanted: ByteRange, file: SealedFile) -> Response:
         if request.is_local and "shoal-descriptor" in request.headers:
-            self._node.counters.descriptors.add(1)
-            whole = FileSlice(file.fd, 0, spec.size_bytes, file.release)
-            return Response(200, {"Content-Type": BINARY}, whole, pass_descriptor=True)
+            return self._descriptors(request.headers["shoal-descriptor"], spec, file)
         length = wanted.end - wanted.start
         self._node.counters.served_sealed_bytes.add(length)
         headers = {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}
@@ -118,6 +123,26 @@ class DataPlane:
             headers["Shoal-Part-Size"] = str(file.header.part_size)
             headers["Shoal-Checksums"] = checksums.encode(file.header.checksums[part] or 0 for part in parts)
         return Response(wanted.status, headers, FileSlice(file.fd, wanted.start, length, file.release))
+
+    def _descriptors(self, wanted: str, spec: ShardSpec, file: SealedFile) -> Response:
+        """The descriptor of a shard, and of large shards after it that are open here: one request opens many."""
+        places = [(spec.row, spec.index, spec.size_bytes)]
+        also: list[FileSlice] = []
+        holdings = self._node.inventory.known().get(spec.snapshot.digest)
+        count = min(int(wanted), MAX_DESCRIPTORS) if wanted.isdecimal() else 1
+        if count > 1 and holdings is not None and spec.size_bytes >= ALONG_FROM:
+            first = spec.ordinal + 1
+            for ordinal in (first + np.flatnonzero(holdings.held[first : first + ALONG_WITHIN])[: count - 1]).tolist():
+                table = holdings.table
+                other = self._node.store.open_cached(table.keys[ordinal].astype("<u8").tobytes())
+                if other is not None:
+                    size_bytes = int(table.sizes[ordinal])
+                    places.append((int(table.rows[ordinal]), int(table.indexes[ordinal]), size_bytes))
+                    also.append(FileSlice(other.fd, 0, size_bytes, other.release))
+        self._node.counters.descriptors.add(len(places))
+        headers = {"Content-Type": BINARY, "Shoal-Descriptors": format_places(places)}
+        body = FileSlice(file.fd, 0, spec.size_bytes, file.release)
+        return Response(200, headers, body, pass_descriptor=True, also=also)
 
     async def sealed(self, spec: ShardSpec) -> SealedFile | None:
         """The sealed file of a shard, counted for the caller; None where it is not here."""

@@ -17,6 +17,8 @@ from shoal.checksums import PartCheck
 from shoal.errors import NodeUnavailable
 
 _HEAD_BUFFER = 16 << 10
+#: Descriptors taken with one answer; the kernel passes 253 at most.
+MAX_DESCRIPTORS = 32
 #: Bytes received between two looks at their checksums: they are then still in the processor's cache.
 _CHECK_STRIDE = 512 << 10
 
@@ -41,13 +43,13 @@ class Answer:
     Attributes:
         headers: names in lower case.
         body: whole body; empty where it was received into a buffer or replaced by a descriptor.
-        descriptor: file descriptor that the caller now owns, or None.
+        descriptors: file descriptors that the caller now owns.
     """
 
     status: int
     headers: Mapping[str, str]
     body: bytes = b""
-    descriptor: int | None = None
+    descriptors: tuple[int, ...] = ()
 
     @property
     def epoch(self) -> int:
@@ -110,7 +112,7 @@ class Connection:
         """
         try:
             self._sock.sendall(request)
-            data, descriptor = self._first_bytes()
+            data, descriptors = self._first_bytes()
         except (BrokenPipeError, ConnectionResetError) as error:
             if self._is_fresh:
                 raise
@@ -123,17 +125,17 @@ class Connection:
             raise StaleConnection
         self._is_fresh = False
         try:
-            return self._answer(data, method, make_view, make_check, descriptor)
+            return self._answer(data, method, make_view, make_check, descriptors)
         except BaseException:
-            if descriptor is not None:
+            for descriptor in descriptors:
                 os.close(descriptor)
             raise
 
-    def _first_bytes(self) -> tuple[bytes, int | None]:
+    def _first_bytes(self) -> tuple[bytes, tuple[int, ...]]:
         if not self._is_unix:
-            return self._sock.recv(_HEAD_BUFFER), None
-        data, descriptors, _, _ = socket.recv_fds(self._sock, _HEAD_BUFFER, 1)
-        return data, descriptors[0] if descriptors else None
+            return self._sock.recv(_HEAD_BUFFER), ()
+        data, descriptors, _, _ = socket.recv_fds(self._sock, _HEAD_BUFFER, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        return data, tuple(descriptors)
 
     def _answer(
         self,
@@ -141,7 +143,7 @@ class Connection:
         method: str,
         make_view: MakeView | None,
         make_check: MakeCheck | None,
-        descriptor: int | None,
+        descriptors: tuple[int, ...],
     ) -> Answer:
         while (end := data.find(b"\r\n\r\n")) < 0:
             more = self._sock.recv(_HEAD_BUFFER)
@@ -156,7 +158,7 @@ class Connection:
         rest = memoryview(data)[end + 4 :]
         self.reusable = headers.get("connection", "").lower() != "close"
         length = 0 if method == "HEAD" else int(headers["content-length"])
-        if make_view is not None and status < 400 and descriptor is None:
+        if make_view is not None and status < 400 and not descriptors:
             view = make_view()
             check = make_check(headers) if make_check is not None else None
             trailing = bytearray(0 if check is None else check.trailing_bytes)
@@ -169,7 +171,7 @@ class Connection:
             return Answer(status, headers)
         body = bytearray(length)
         self._receive(rest, memoryview(body), None)
-        return Answer(status, headers, bytes(body), descriptor)
+        return Answer(status, headers, bytes(body), descriptors)
 
     def _receive(self, rest: memoryview, view: memoryview, check: PartCheck | None) -> None:
         """Fill `view` from `rest`, then from the socket. The one copy here is the kernel's, but for a head's tail."""

@@ -91,9 +91,7 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         self._target_protocol = target_protocol
         self._target_options = dict(target_options or {})
         self._pins: dict[str, Pinned] = {}
-        self._promised: dict[
-            str, str
-        ] = {}  # root to digest: pins of what this was pickled from
+        self._promised: dict[str, str] = {}  # root to digest: pins of what this was pickled from
         self._readers: dict[str, ObjectReader] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -16,16 +16,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from shoal.connection import Answer
+from shoal.connection import MAX_DESCRIPTORS, Answer
 from shoal.errors import ShoalError
 from shoal.maps import Maps, ShardId
 from shoal.snapshot import Snapshot
 from shoal.transport import Transport
+from shoal.wire.places import parse_places
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SOCKET = "/run/shoal/node.sock"
-TAKES_DESCRIPTOR = {"Shoal-Descriptor": "1"}
+#: A request for a shard that takes its descriptor, and those of a few shards after it, which are read next or soon.
+TAKES_DESCRIPTORS = {"Shoal-Descriptor": str(MAX_DESCRIPTORS)}
 
 
 class LocalNode:
@@ -59,26 +61,36 @@ class LocalNode:
             return None
 
     def adopt(self, shard: ShardId, answer: Answer) -> pa.Buffer | None:
-        """Map the descriptor of an answer and keep the map; None where it cannot be mapped."""
-        assert answer.descriptor is not None
+        """Map the descriptors of an answer and keep the maps: of `shard`, and of others that came along.
+
+        Returns the map of `shard`; None where it cannot be mapped.
+        """
+        digest, *_ = shard
         try:
-            return self.maps.add(shard, answer.descriptor, int(answer.headers["shoal-length"]))
+            places = parse_places(answer.headers["shoal-descriptors"])
+            maps = [
+                self.maps.add((digest, row, index), descriptor, length)
+                for (row, index, length), descriptor in zip(places, answer.descriptors, strict=True)
+            ]
+            return maps[0] if places[0][:2] == shard[1:] else None
         except (OSError, ValueError, KeyError) as error:
             log.warning("a shard of the local node cannot be mapped, reading it instead: %s", error)
             return None
         finally:
-            os.close(answer.descriptor)
+            for descriptor in answer.descriptors:
+                os.close(descriptor)
 
     def snapshot(self, digest: str) -> Snapshot | None:
         """The snapshot, mapped from the node's own file; None where the node cannot give it."""
         try:
-            answer = self._transport.get(self.address, f"/v1/snapshots/{digest}", TAKES_DESCRIPTOR)
+            answer = self._transport.get(self.address, f"/v1/snapshots/{digest}", {"Shoal-Descriptor": "1"})
         except ShoalError as error:
             log.info("the local node did not give snapshot %s: %s", digest, error)
             return None
-        if answer.descriptor is None:
+        if not answer.descriptors:
             return None
+        (descriptor,) = answer.descriptors
         try:
-            return Snapshot.from_fd(answer.descriptor)
+            return Snapshot.from_fd(descriptor)
         finally:
-            os.close(answer.descriptor)
+            os.close(descriptor)

@@ -23,7 +23,7 @@ from shoal.cluster import Cluster
 from shoal.cluster_map import Node
 from shoal.connection import Interrupted
 from shoal.errors import NodeUnavailable, ShoalError
-from shoal.local import TAKES_DESCRIPTOR
+from shoal.local import TAKES_DESCRIPTORS
 from shoal.parallel import run_parallel
 from shoal.shard_client import ShardAt
 from shoal.shards import PART_SIZE, Piece
@@ -233,10 +233,10 @@ class ObjectReader:
                 piece.end,
                 target.view,
                 verify=self._verify,
-                headers=TAKES_DESCRIPTOR if is_mappable else {},
+                headers=TAKES_DESCRIPTORS if is_mappable else {},
             )
             self._cluster.note_epoch(answer.epoch)
-            if answer.descriptor is None or local is None:
+            if not answer.descriptors or local is None:
                 return None
             whole = local.adopt(shard.id, answer)
             if whole is not None:

@@ -64,7 +64,7 @@ def read(
 
     Args:
         verify: compare the checksum of each whole part in the range.
-        headers: more of the request. With those of `local.TAKES_DESCRIPTOR` the answer may have a descriptor instead.
+        headers: more of the request. With `local.TAKES_DESCRIPTORS` the answer may have descriptors instead.
 
     Raises:
         Interrupted: the connection failed in the middle; the first `received` bytes are good and need not come again.

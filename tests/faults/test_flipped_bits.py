@@ -1,5 +1,4 @@
-"""Bits of a sealed shard that flip on the drive: whoever receives them over the network notices, and nobody passes
-them on.
+"""Bits of a sealed shard that flip on the drive: who receives them over the network notices, no node seals them again.
 
 Nodes do not read a sealed shard again before they send it, so it is the reader's comparison that these tests are about:
 with ``verify=False`` the very same reads give the wrong byte.
@@ -8,6 +7,7 @@ with ``verify=False`` the very same reads give the wrong byte.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import pytest
 
 from shoal import shards
 from shoal.cluster_map import Node
-from shoal.errors import ShardCorrupt
+from shoal.connection import Connection, Interrupted
+from shoal.errors import ShardCorrupt, ShoalError
 from shoal.filesystem import ShoalFileSystem
 from shoal.reader import ObjectReader
 from shoal.transport import Transport
@@ -34,7 +35,6 @@ class Harm:
 
     def __init__(self, cluster: MiniCluster) -> None:
         self.cluster = cluster
-        self.trusting: list[ShoalFileSystem] = []
 
     def filesystem(self, *, verify: bool = True) -> ShoalFileSystem:
         endpoint = self.cluster.nodes[0].address
@@ -144,14 +144,43 @@ def test_wrong_byte_of_the_only_copy_is_an_error(one_copy: Harm, place: int) -> 
     assert fs.cat_file("set/o", first + PART) == PLAIN[first + PART :]
 
 
-def test_every_node_that_passes_it_on_compares_too(one_copy: Harm) -> None:
-    """Who asks a node that is not the owner is not given what the owner has."""
+@pytest.mark.parametrize(("place", "error"), [(10, ShardCorrupt), (100, Interrupted)])
+def test_every_node_that_passes_it_on_compares_too(one_copy: Harm, place: int, error: type[ShoalError]) -> None:
+    """Who asks a node that is not the owner is not given what the owner has: at most the parts before it."""
     owner, *others = one_copy.order("o", 0)
-    one_copy.flip(owner, "o", 100)
+    one_copy.flip(owner, "o", place)
     for node in others:
-        with pytest.raises(ShardCorrupt):
+        with pytest.raises(error) as caught:
             one_copy.fill(node, "o", 0)
         assert one_copy.file(node, "o", 0) is None
+        if isinstance(caught.value, Interrupted):
+            assert caught.value.received == PART
+
+
+def test_part_that_began_at_a_node_that_died_is_compared_all_the_same(
+    one_copy: Harm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner's copy is wrong; the next node passes on the right bytes (it has them from elsewhere) and dies within
+    that part; the third one passes the owner's on."""
+    owner, dying, _ = one_copy.order("o", 0)
+    one_copy.flip(owner, "o", 100)
+    fs = one_copy.filesystem()
+    fs.info("set/o")
+    take, died = fs.cluster.transport._take, list[socket.socket]()
+
+    def take_or_die(address: str) -> Connection:
+        if address != dying.address:
+            return take(address)
+        ours, theirs = socket.socketpair()
+        theirs.sendall(b"HTTP/1.1 206 OK\r\nContent-Length: 256\r\n\r\n" + PLAIN[:70])
+        theirs.shutdown(socket.SHUT_WR)
+        died.append(theirs)
+        return Connection(ours)
+
+    monkeypatch.setattr(fs.cluster.transport, "_take", take_or_die)
+    with pytest.raises(ShardCorrupt):
+        fs.cat_file("set/o", 0, SHARD)
+    assert died, "the node that dies was not asked"
 
 
 def test_part_that_a_range_only_touches_is_not_compared(one_copy: Harm) -> None:

@@ -121,10 +121,10 @@ def test_head_gives_the_length_alone(served: Served) -> None:
 
 def test_descriptor_arrives_and_is_read_only(served: Served) -> None:
     answer = Transport().get(f"unix:{served.unix}", "/file", {"Shoal-Descriptor": "1"})
-    assert answer.descriptor is not None
+    (descriptor,) = answer.descriptors
     assert int(answer.headers["shoal-length"]) == len(PAYLOAD)
-    assert os.pread(answer.descriptor, 10, 250) == PAYLOAD[250:260]
-    os.close(answer.descriptor)
+    assert os.pread(descriptor, 10, 250) == PAYLOAD[250:260]
+    os.close(descriptor)
 
 
 @pytest.mark.parametrize(("path", "error"), [("/changed", OriginChanged), ("/absent", NotCached), ("/bug", ShoalError)])

@@ -179,3 +179,27 @@ def test_origin_that_is_down_or_changed_is_named(tmp_path: Path) -> None:
         cluster.origin.versions["p"] = "2"
         with pytest.raises(OriginChanged, match="dataset refresh"):
             fs.cat_file("set/p")
+
+
+def test_one_request_opens_the_large_shards_behind_it(tmp_path: Path) -> None:
+    """The rest of an epoch is then look-ups in this process; the map outlives the node."""
+    large = {f"{n}": bytes([n]) * ((1 << 20) + n) for n in range(5)} | {"small": b"s" * 100}
+    with MiniCluster(tmp_path, large, part_size=1 << 20, shard_size=2 << 20) as cluster:
+        node = cluster.nodes[0]
+        for path in large:
+            cluster.filesystem().cat_file(f"set/{path}")
+        cluster.run(node.fills.settle())
+        cluster.run(node.holdings_of(cluster.snapshot.digest))
+        fs = cluster.filesystem(local=True)
+        fs.info("set/0")
+        transport, asked = fs.cluster.transport, []
+        get = transport.get
+        transport.get = lambda *a, **k: asked.append(a) or get(*a, **k)  # type: ignore[func-returns-value, method-assign]
+        for path, data in large.items():
+            assert fs.open_buffer(f"set/{path}").to_pybytes() == data
+        assert len(asked) == 2, "one for the five large ones, one for the small one"
+        local = fs.cluster.local
+        assert local is not None
+        assert len(local.maps) == 6
+        cluster.stop_node(0)
+        assert fs.open_buffer("set/3").to_pybytes() == large["3"]

@@ -167,6 +167,8 @@ class Connection:
         try:
             await self._send(request.method, response, epoch)
         finally:
+            for file in response.also:
+                file.done()
             if isinstance(body, FileSlice):
                 body.done()
             elif isinstance(body, AsyncIterator):
@@ -190,7 +192,7 @@ class Connection:
         if passes:
             assert isinstance(body, FileSlice)
             head = head[:-2] + f"Shoal-Descriptor: 1\r\nShoal-Length: {length}\r\n\r\n".encode()
-            await self._send_descriptor(head, body.fd)
+            await self._send_descriptors(head, [body.fd, *(file.fd for file in response.also)])
             return
         if method == "HEAD" or length == 0:
             await self._send_buffer(head)
@@ -231,10 +233,10 @@ class Connection:
                 continue
             view = view[sent:]
 
-    async def _send_descriptor(self, head: bytes, fd: int) -> None:
+    async def _send_descriptors(self, head: bytes, fds: list[int]) -> None:
         while True:
             try:
-                sent = socket.send_fds(self._sock, [head], [fd])
+                sent = socket.send_fds(self._sock, [head], fds)
                 break
             except BlockingIOError:
                 await self._writable()

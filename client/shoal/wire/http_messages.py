@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Buffer = bytes | bytearray | memoryview
@@ -42,6 +42,7 @@ class Response:
         body: a buffer, a file slice, or pieces of either that add up to `length` bytes.
         length: Content-Length; None where `body` knows it.
         pass_descriptor: send `body`'s descriptor (a `FileSlice` over a whole file) instead of its bytes.
+        also: more whole files whose descriptors are passed with it.
     """
 
     status: int = 200
@@ -49,3 +50,4 @@ class Response:
     body: Buffer | FileSlice | AsyncIterator[Buffer | FileSlice] = b""
     length: int | None = None
     pass_descriptor: bool = False
+    also: Sequence[FileSlice] = ()
