@@ -131,9 +131,9 @@ class DataPlane:
         holdings = self._node.inventory.known().get(spec.snapshot.digest)
         count = min(int(wanted), MAX_DESCRIPTORS) if wanted.isdecimal() else 1
         if count > 1 and holdings is not None and spec.size_bytes >= ALONG_FROM:
-            first = spec.ordinal + 1
-            for ordinal in (first + np.flatnonzero(holdings.held[first : first + ALONG_WITHIN])[: count - 1]).tolist():
-                table = holdings.table
+            near, table = slice(spec.ordinal + 1, spec.ordinal + 1 + ALONG_WITHIN), holdings.table
+            chosen = np.flatnonzero(holdings.held[near] & (table.sizes[near] >= ALONG_FROM))[: count - 1]
+            for ordinal in (near.start + chosen).tolist():
                 other = self._node.store.open_cached(table.keys[ordinal].astype("<u8").tobytes())
                 if other is not None:
                     size_bytes = int(table.sizes[ordinal])

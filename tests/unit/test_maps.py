@@ -223,19 +223,36 @@ def test_maps_and_tables_outlive_eviction_and_the_node(tmp_path: Path) -> None:
     assert held[0].to_pybytes() == plain[: 1 << 10]
 
 
-def test_descriptor_of_a_file_that_is_too_short_is_read_instead(
-    cluster: MiniCluster, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A node that passes something else; the descriptor is closed whatever becomes of it."""
-    fs = cluster.filesystem(local=True)
-    local = fs.cluster.local
+@pytest.mark.parametrize(
+    "places",
+    [None, "", "1/0", "1/0/x", "1/0/10001", "2/0/100", "1/0/100,2/0/100"],
+    ids=["none", "empty", "two-words", "no-number", "longer-than-the-file", "another-shard", "more-than-came"],
+)
+def test_descriptor_that_is_not_what_was_asked_for(cluster: MiniCluster, tmp_path: Path, places: str | None) -> None:
+    """It is read instead; the descriptor is closed whatever becomes of it."""
+    local = cluster.filesystem(local=True).cluster.local
     assert local is not None
-    read, write = os.pipe()
-    assert local.adopt(shard(1), Answer(200, {"shoal-length": "100"}, descriptor=read)) is None
+    (tmp_path / "file").write_bytes(content(10_000))
+    read = os.open(tmp_path / "file", os.O_RDONLY)
+    headers = {} if places is None else {"shoal-descriptors": places}
+    assert local.adopt(shard(1), Answer(200, headers, descriptors=(read,))) is None
     with pytest.raises(OSError):
         os.fstat(read)
-    os.close(write)
-    assert "cannot be mapped" in caplog.text and len(maps_of(fs)) == 0
+
+
+def test_descriptors_that_came_along_are_maps_of_their_own(cluster: MiniCluster, tmp_path: Path) -> None:
+    local = cluster.filesystem(local=True).cluster.local
+    assert local is not None
+    for number in (1, 2):
+        (tmp_path / str(number)).write_bytes(content(100 * number))
+    opened = tuple(os.open(tmp_path / str(number), os.O_RDONLY) for number in (1, 2))
+    whole = local.adopt(shard(1), Answer(200, {"shoal-descriptors": "1/0/100,2/0/200"}, descriptors=opened))
+    assert whole is not None and whole.to_pybytes() == content(100) and local.maps.get(shard(1)) is whole
+    other = local.maps.get(shard(2))
+    assert other is not None and other.to_pybytes() == content(200)
+    for descriptor in opened:
+        with pytest.raises(OSError):
+            os.fstat(descriptor)
 
 
 def test_a_read_of_what_cannot_be_mapped_comes_over_the_socket(
