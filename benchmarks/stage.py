@@ -26,6 +26,7 @@ import pyarrow as pa
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.harness import Worker, progress
+from benchmarks.machine import PageCacheFiller
 from benchmarks.origin import Origin
 from benchmarks.shoal_reader import Access
 from shoal import sizes
@@ -129,6 +130,7 @@ class Stage:
         self.scale = scale
         self.keys: tuple[str, ...] = tuple(f"set/part-{n:04}.arrow" for n in range(scale.objects))
         self.object_bytes = 0
+        self._filler = PageCacheFiller(directory)
         self._stack = contextlib.ExitStack()
         self._workers: dict[str, Worker] = {}
         self._weed: Weed | None = None
@@ -144,6 +146,11 @@ class Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def fill_page_cache(self) -> None:
+        """See `PageCacheFiller`; not in the tiny form, which measures nothing."""
+        if self.scale is not TINY:
+            self._filler.fill()
 
     def worker(self, name: str) -> Worker:
         """The process of the contender `name`, the same in all sections, so that its pools stay warm as a trainer's."""
