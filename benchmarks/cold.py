@@ -39,8 +39,9 @@ def run(stage: Stage, findings: Findings) -> None:
             for cold in stage.scale.cold:
                 _compare(stage, cold, cluster, findings)
     findings.note(
-        "cold: the page cache full before, one process, one object after the other, medians of one object; obstore as the "
-        "faster of its ways: one get and eight ranges of 8 MiB at once, the stream's first chunk and a request for one byte"
+        "cold: the page cache full before, one process, one object after the other, medians of one object; obstore as "
+        "the faster of its ways: one get and eight ranges of 8 MiB at once, the stream's first chunk and a request for "
+        "one byte"
     )
 
 

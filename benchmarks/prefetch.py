@@ -33,7 +33,8 @@ def run(stage: Stage, findings: Findings) -> None:
         with stage.cluster(nodes) as cluster:
             _compare(stage, cluster, nodes, best, findings)
     findings.note(
-        "prefetch: job started to job done, sealed and synced, the page cache full before; disk: writes of 8 MiB, then fdatasync"
+        "prefetch: job started to job done, sealed and synced, the page cache full before; disk: writes of 8 MiB, then "
+        "fdatasync"
     )
 
 
