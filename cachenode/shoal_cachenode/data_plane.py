@@ -76,6 +76,8 @@ class DataPlane:
         length = wanted.end - wanted.start
         if request.method == "HEAD":
             return Response(wanted.status, {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}, length=length)
+        if "shoal-suspect" in request.headers:
+            await self._node.check(spec.key)
         while True:
             file = await self.sealed(spec)
             if file is not None:

@@ -45,6 +45,10 @@ class Inventory:
         for holdings in self._holdings.values():
             holdings.mark(key, held=True)
 
+    def drop(self, key: Key) -> None:
+        """Drop one shard. Blocks."""
+        self._evict([key])
+
     def _evict(self, keys: list[Key]) -> int:
         freed = 0
         for key in keys:

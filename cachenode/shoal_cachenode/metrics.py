@@ -44,6 +44,11 @@ class NodeCollector(Collector):
         yield CounterMetricFamily(
             "shoal_node_fills_failed", "Reads that a failed fill ended.", counters.fills_failed.value
         )
+        yield CounterMetricFamily(
+            "shoal_node_shards_corrupt",
+            "Sealed shards that did not read back as sealed, and were dropped.",
+            counters.shards_corrupt.value,
+        )
         gauges = {
             "shoal_node_capacity_bytes": ("Bytes of cache this node offers.", node.store.capacity_bytes),
             "shoal_node_used_bytes": ("Bytes of sealed and filling shards.", node.store.used_bytes),

@@ -59,6 +59,7 @@ class Counters:
     served_through_bytes: Counter = field(default_factory=Counter)
     descriptors: Counter = field(default_factory=Counter)
     fills_failed: Counter = field(default_factory=Counter)
+    shards_corrupt: Counter = field(default_factory=Counter)
 
 
 class CacheNode:
@@ -186,6 +187,13 @@ class CacheNode:
             if not await self.make_room(spec.size_bytes):
                 raise
         return await self.fills.join(spec.key, spec.size_bytes, source, urgency, first)
+
+    async def check(self, key: Key) -> None:
+        """Verify a sealed shard, and drop it where it is bad: it is fetched anew by whoever asks next."""
+        if not await asyncio.to_thread(self.store.verify, key):
+            log.error("shard %s is damaged on the drive: dropped", key.hex())
+            self.counters.shards_corrupt.add(1)
+            await asyncio.to_thread(self.inventory.drop, key)
 
     async def make_room(self, size_bytes: int) -> bool:
         """Drop what may be dropped until `size_bytes` are free; whether they are."""

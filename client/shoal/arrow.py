@@ -34,6 +34,7 @@ class _Joined(io.RawIOBase):
 
     def __init__(self, buffers: Sequence[pa.Buffer]) -> None:
         self._buffers = buffers
+        self.gathered: list[pa.Buffer] = []  # kept: an address may not be given out again while views are told by it
         self._starts = [0, *itertools.accumulate(buffer.size for buffer in buffers)]
         self._position = 0
 
@@ -51,10 +52,18 @@ class _Joined(io.RawIOBase):
             low, high = max(start, begin), min(end, begin + buffer.size)
             if low < high:
                 memory.copy(buffer.slice(low - begin, high - low), view[low - start : high - start])
+        self.gathered.append(gathered)
         return gathered
 
     def read(self, length: int = -1) -> bytes:
         return memory.to_bytes(self.read_buffer(length))
+
+    def has(self, column: pa.Array | pa.ChunkedArray) -> bool:
+        """Whether a column's first bytes, if it has any, lie in the buffers or in what was gathered from them."""
+        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        bodies = (body for chunk in chunks for body in chunk.buffers() if body is not None and body.size)
+        first = next(bodies, None)
+        return first is None or any(_is_inside(first, whole) for whole in (*self._buffers, *self.gathered))
 
     def readable(self) -> bool:
         return True
@@ -85,21 +94,31 @@ def read_table(name: str, buffers: Sequence[pa.Buffer], columns: Sequence[str] |
     Raises:
         InvalidRequest: the object is no Arrow IPC data, or has no such column.
     """
-    source = pa.BufferReader(buffers[0]) if len(buffers) == 1 else pa.PythonFile(_Joined(buffers), mode="r")
+    joined = _Joined(buffers)
+    source = pa.BufferReader(buffers[0]) if len(buffers) == 1 else pa.PythonFile(joined, mode="r")
     try:
         magic = source.read(len(_FILE_MAGIC))
         source.seek(0)
         open_reader = pa.ipc.open_file if magic == _FILE_MAGIC else pa.ipc.open_stream
-        options = pa.ipc.IpcReadOptions()
+        opened = open_reader(source)
         if columns is not None:
-            options.included_fields = _indexes(name, open_reader(source).schema, columns)
-            source.seek(0)
-        table = open_reader(source, options=options).read_all()
-    except pa.ArrowInvalid as error:
+            indexes = _indexes(name, opened.schema, columns)
+            # Arrow's file reader copies what it reads of some columns, so it is not asked to where there are views.
+            if magic != _FILE_MAGIC or not _has_views(opened, joined):
+                source.seek(0)
+                opened = open_reader(source, options=pa.ipc.IpcReadOptions(included_fields=indexes))
+        table = opened.read_all()
+    except (pa.ArrowException, OSError) as error:  # OSError: what Arrow raises for a message that is cut short
         raise InvalidRequest(f"{name} is no Arrow IPC file or stream ({error}): open it as what it is") from error
     if columns is not None:
         table = table.select(list(columns))
-    _warn_of_copy(name, table, buffers)
+    if not all(joined.has(column) for column in table.columns):
+        warnings.warn(
+            f"{name}: its record batches are compressed, so this table is a decompressed copy in memory; write "
+            "the file without compression to have it mapped",
+            ArrowCopyWarning,
+            stacklevel=3,
+        )
     return table
 
 
@@ -111,21 +130,9 @@ def _indexes(name: str, schema: pa.Schema, columns: Sequence[str]) -> list[int]:
     return indexes
 
 
-def _warn_of_copy(name: str, table: pa.Table, buffers: Sequence[pa.Buffer]) -> None:
-    """Say so where record batches are not views. As many as there are borders of shards may be gathered."""
-    for column in table.columns:
-        bodies = [max(filter(None, chunk.buffers()), key=lambda b: b.size, default=None) for chunk in column.chunks]
-        filled = [body for body in bodies if body is not None and body.size][: len(buffers)]
-        if not filled:
-            continue
-        if len(filled) == len(buffers) and not any(_is_inside(body, whole) for body in filled for whole in buffers):
-            warnings.warn(
-                f"{name}: its record batches are compressed, so this table is a decompressed copy in memory; write "
-                "the file without compression to have it mapped",
-                ArrowCopyWarning,
-                stacklevel=4,
-            )
-        return
+def _has_views(opened: pa.RecordBatchFileReader, joined: _Joined) -> bool:
+    """Whether batches of a file are views of its bytes: whether they are not compressed."""
+    return opened.num_record_batches == 0 or all(map(joined.has, opened.get_batch(0).columns))
 
 
 def _is_inside(part: pa.Buffer, whole: pa.Buffer) -> bool:

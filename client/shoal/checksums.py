@@ -65,6 +65,8 @@ class PartCheck:
     def __init__(
         self, start: int, end: int, size_bytes: int, part_size: int, expected: Sequence[int] | None = None
     ) -> None:
+        if part_size < 1:
+            raise ValueError(f"{part_size} is no part size")
         self._start, self._position = start, start
         self._size_bytes, self._part_size = size_bytes, part_size
         self._parts = whole_parts(start, end, size_bytes, part_size)

@@ -62,6 +62,7 @@ class Maps:
         buffer = _map(descriptor, length)
         with self._lock:
             kept = self._maps.setdefault(shard, buffer)  # another thread may have been faster: share its map
+            self._maps.move_to_end(shard)
             while len(self._maps) > self._limit:
                 self._maps.popitem(last=False)
             return kept

@@ -14,15 +14,15 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
 
 from shoal import memory, shard_client, shards, transport
 from shoal.cluster import Cluster
 from shoal.cluster_map import Node
-from shoal.connection import Interrupted
-from shoal.errors import NodeUnavailable, ShoalError
+from shoal.connection import DescriptorsLost, Interrupted
+from shoal.errors import NodeUnavailable, ShardCorrupt, ShoalError
 from shoal.local import TAKES_DESCRIPTORS
 from shoal.parallel import run_parallel
 from shoal.shard_client import ShardAt
@@ -159,6 +159,7 @@ class ObjectReader:
             if whole is not None:  # the local node stood in for the owner
                 memory.copy(_slice(whole, cut), part.view())
 
+        target.view()  # allocated here: the threads share it
         run_parallel(fetch, cuts)
         return None
 
@@ -205,36 +206,50 @@ class ObjectReader:
             for node in self._candidates(piece.index):
                 asked += 1
                 try:
-                    return self._from_node(node, shard, piece, target)
+                    return self._from_node_or_healed(node, shard, piece, target)
                 except Interrupted as error:
                     target.done += error.received
-                    failure = error
+                    failure = failure if isinstance(failure, ShardCorrupt) else error
                 except ShoalError as error:
                     if not transport.is_worth_another_node(error):
                         raise
-                    failure = error
+                    failure = failure if isinstance(failure, ShardCorrupt) else error
                 log.info("node %s failed, asking the next: %s", node.id, failure)
         if not isinstance(failure, NodeUnavailable):
             raise failure
         path = self._snapshot.path(self.row)
         raise NodeUnavailable(f"no cache node gave bytes of {path!r}, {asked} were asked: {failure}") from failure
 
-    def _from_node(self, node: Node, shard: ShardAt, piece: Piece, target: _Target) -> pa.Buffer | None:
+    def _from_node_or_healed(self, node: Node, shard: ShardAt, piece: Piece, target: _Target) -> pa.Buffer | None:
+        """From `node`; once more where its copy is bad, which it then drops and fetches anew."""
+        try:
+            return self._from_node(node, shard, piece, target, {})
+        except ShardCorrupt as error:
+            log.warning("node %s sent damaged bytes, asking it to check its copy: %s", node.id, error)
+            return self._from_node(node, shard, piece, target, shard_client.SUSPECT)
+
+    def _from_node(
+        self, node: Node, shard: ShardAt, piece: Piece, target: _Target, headers: Mapping[str, str]
+    ) -> pa.Buffer | None:
         local = self._cluster.local
         if local is None or node.id != local.node_id:
             local = None
         is_mappable = local is not None
         while True:
-            answer = shard_client.read(
-                self._cluster.transport,
-                node.address if local is None else local.address,
-                shard,
-                piece.start + target.done,
-                piece.end,
-                target.view,
-                verify=self._verify,
-                headers=TAKES_DESCRIPTORS if is_mappable else {},
-            )
+            try:
+                answer = shard_client.read(
+                    self._cluster.transport,
+                    node.address if local is None else local.address,
+                    shard,
+                    piece.start + target.done,
+                    piece.end,
+                    target.view,
+                    verify=self._verify,
+                    headers={**headers, **TAKES_DESCRIPTORS} if is_mappable else headers,
+                )
+            except DescriptorsLost:
+                is_mappable = False
+                continue
             self._cluster.note_epoch(answer.epoch)
             if not answer.descriptors or local is None:
                 return None

@@ -21,6 +21,8 @@ from shoal.wire import batch
 from shoal.wire.batch import ShardRange
 
 WANT_CHECKSUMS = {"Shoal-Want-Checksums": "1"}
+#: Asks the node to check its copy of the shard before it answers: a part of it did not match.
+SUSPECT = {"Shoal-Suspect": "1"}
 #: What a node answers instead of checksums that it does not know yet: they follow the body (`checksums.pack`).
 TRAILING = "trailing"
 

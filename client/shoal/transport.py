@@ -23,7 +23,16 @@ from collections.abc import Mapping
 import httptools
 
 from shoal import errors
-from shoal.connection import Answer, Connection, Interrupted, MakeCheck, MakeView, StaleConnection, format_request
+from shoal.connection import (
+    Answer,
+    Connection,
+    DescriptorsLost,
+    Interrupted,
+    MakeCheck,
+    MakeView,
+    StaleConnection,
+    format_request,
+)
 from shoal.errors import NodeUnavailable, ShoalError
 from shoal.wire import http_errors
 
@@ -86,7 +95,7 @@ class Transport:
                 answer = connection.exchange(request, method, make_view, make_check)
             except StaleConnection:
                 continue  # the server had closed a kept connection: nothing was asked yet, so ask again
-            except Interrupted:
+            except (Interrupted, DescriptorsLost):
                 connection.close()
                 raise
             except OSError as error:

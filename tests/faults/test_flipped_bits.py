@@ -126,22 +126,32 @@ def two_copies(tmp_path: Path) -> Iterator[Harm]:
 
 
 @pytest.mark.parametrize("place", [0, 63, 64, 130, 255, 256, 511, 512, 575, 576, 599])
-def test_wrong_byte_of_the_only_copy_is_an_error(one_copy: Harm, place: int) -> None:
-    wrong = one_copy.flip(one_copy.order("o", place // SHARD)[0], "o", place)
+def test_wrong_byte_of_the_only_copy_is_fetched_anew(one_copy: Harm, place: int) -> None:
+    """The reader finds it, the node drops the shard and fills it again, and the next reader finds it whole."""
+    index = place // SHARD
+    owner = one_copy.order("o", index)[0]
+    before = owner.counters.shards_corrupt.value
+    wrong = one_copy.flip(owner, "o", place)
     assert one_copy.filesystem(verify=False).cat_file("set/o") == wrong
     fs = one_copy.filesystem()
     into = bytearray(len(PLAIN))
     with fs.open("set/o") as file:
-        for read in (lambda: fs.cat_file("set/o"), lambda: fs.open_buffer("set/o"), lambda: fs.open_buffers("set/o"),
-                     lambda: file.readinto(into)):  # fmt: skip
-            with pytest.raises(ShardCorrupt, match=f"part {place % SHARD // PART} does not match its checksum"):
-                read()
-    # Its own part and nothing else is refused.
-    first = place - place % PART
-    with pytest.raises(ShardCorrupt):
-        fs.cat_file("set/o", first, first + PART)
-    assert fs.cat_file("set/o", 0, first) == PLAIN[:first]
-    assert fs.cat_file("set/o", first + PART) == PLAIN[first + PART :]
+        assert file.readinto(into) == len(PLAIN)
+    assert into == PLAIN
+    assert owner.counters.shards_corrupt.value - before == 1
+    one_copy.cluster.run(owner.fills.settle())
+    assert one_copy.filesystem(verify=False).cat_file("set/o") == PLAIN
+    file_of_it = one_copy.file(owner, "o", index)
+    assert file_of_it is not None
+    assert file_of_it.read_bytes() == PLAIN[index * SHARD : (index + 1) * SHARD]
+    assert owner.counters.shards_corrupt.value - before == 1, "once"
+
+
+def test_wrong_byte_of_the_only_copy_without_an_origin_is_an_error(one_copy: Harm) -> None:
+    one_copy.flip(one_copy.order("o", 0)[0], "o", 70)
+    one_copy.cluster.origin.is_down = True
+    with pytest.raises(ShoalError):
+        one_copy.filesystem().cat_file("set/o")
 
 
 @pytest.mark.parametrize(("place", "error"), [(10, ShardCorrupt), (100, Interrupted)])

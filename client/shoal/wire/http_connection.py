@@ -35,6 +35,7 @@ OFFLOAD_BYTES = 32 << 20
 #: A connection that neither asks nor takes bytes for so long is closed.
 IDLE_TIMEOUT_S = 120.0
 SEND_STALL_TIMEOUT_S = 60.0
+LINGER_S = 2.0
 
 
 class BadRequest(Exception):
@@ -179,6 +180,16 @@ class Connection:
         try:
             await self._send("GET", response, epoch)
         except (OSError, TimeoutError):
+            pass
+
+    async def linger(self) -> None:
+        """After a last word: read on for a moment, because closing with bytes unread would take the word back."""
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+            with self._limit(LINGER_S):
+                while await self._loop.sock_recv(self._sock, MAX_HEAD):
+                    pass
+        except OSError:
             pass
 
     async def _send(self, method: str, response: Response, epoch: int) -> None:

@@ -145,6 +145,7 @@ class HttpServer:
         except BadRequest as error:
             connection.keep_alive = False
             await connection.try_send(_error(error.status, InvalidRequest(str(error))), self._epoch())
+            await connection.linger()
         except (OSError, TimeoutError, ShoalError) as error:
             # The reader went away or stalled, or a stream failed after its head: cutting the connection is the answer.
             log.debug("connection closed: %s", error)

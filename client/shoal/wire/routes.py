@@ -62,7 +62,8 @@ def make_handler(
 
     async def handle(request: Request) -> Response:
         parts = request.path.split("/")[1:]
-        if request.method == "POST" and not (otherwise is not None and parts[-1] == "ranges"):
+        is_batch = otherwise is not None and parts[:2] == ["v1", "snapshots"] and parts[-1] == "ranges"
+        if request.method == "POST" and not is_batch:
             raise MethodNotAllowed("POST", "GET, HEAD")
         match parts:
             case ["v1", "snapshots", digest]:
