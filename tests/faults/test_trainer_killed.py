@@ -210,7 +210,7 @@ class HoldingProxy(CountingProxy):
     BEGINNING = 512
 
     def __init__(self, target_url: str, request: bytes) -> None:
-        self.is_asked = threading.Event()
+        self.is_asked, self.has_begun = threading.Event(), threading.Event()
         self._request = request
         self._may_go_on = threading.Event()
         super().__init__(target_url)
@@ -233,6 +233,7 @@ class HoldingProxy(CountingProxy):
     def _hold(self, data: memoryview, send: Callable[[memoryview], None]) -> None:
         if self.is_asked.is_set():
             send(data[: self.BEGINNING])
+            self.has_begun.set()
             data = data[self.BEGINNING :]
             self._may_go_on.wait()
         send(data)
@@ -297,9 +298,7 @@ def test_killed_while_it_fetches_a_snapshot(world: World) -> None:
             world.filesystem(local=False, endpoint=endpoint).cat_file("set/0.bin")
 
         with Child(read) as child:
-            assert proxy.is_asked.wait(DEADLINE_S)
-            proxy.reset()
-            wait_for(lambda: proxy.bytes_from_origin > 0)
+            assert proxy.has_begun.wait(DEADLINE_S)
             child.kill()
     world.wait_for_return(before)
     with Child(lambda say: world.filesystem(local=False).info("set/0.bin")["size"]) as child:

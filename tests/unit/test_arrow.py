@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import warnings
 from collections.abc import Callable, Iterator
@@ -232,10 +233,13 @@ def test_table_outlives_everything_it_came_from(cluster: MiniCluster) -> None:
 def test_over_the_network_a_table_is_received_once(cluster: MiniCluster, is_one_shard: bool) -> None:
     fs = cluster.filesystem()
     size_bytes = len(OBJECTS["table.file"])
+    fs.info("set/table.file")
+    gc.collect()  # what an earlier test left behind is not to go meanwhile
     before = pa.total_allocated_bytes()
     found = fs.read_arrow("set/table.file")
     grown = pa.total_allocated_bytes() - before
-    assert size_bytes <= grown < size_bytes * (1.1 if is_one_shard else 2)
+    # Of several shards those go again in which no batch lies wholly.
+    assert size_bytes * (1 if is_one_shard else 0.5) <= grown < size_bytes * (1.1 if is_one_shard else 2)
     assert found.equals(TABLE)
 
 
