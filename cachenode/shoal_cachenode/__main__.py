@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -76,10 +77,17 @@ def main(
         labels.setdefault("host", socket.gethostname())
         config = Config(data_dir.absolute(), _capacity(data_dir, capacity), labels, fetches)
         name = advertise or (host if host not in ("0.0.0.0", "::") else socket.gethostname())
+        _raise_open_files()
         _run(_serve(config, controller, host, port, name, socket_path.absolute(), congestion, senders))
     except ShoalError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(1) from None
+
+
+def _raise_open_files() -> None:
+    """Take what the system allows: each shard that fills or is open has a descriptor, and so has each connection."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _run(coroutine: object) -> None:

@@ -11,6 +11,7 @@ order or the connection is cut.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 #: Bytes and ranges read in one go: the memory of a batch.
 RUN_BYTES = 1 << 20
 RUN_RANGES = 512
-#: Fills that one batch begins at a time.
+#: Fills that one batch has under way ahead of its reader.
 FILLS_BEGUN = 16
 
 Pieces = AsyncIterator[Buffer | FileSlice]
@@ -102,7 +103,7 @@ class Batches:
             yield batch.encode_sums(sums)
         finally:
             fills.cancel()
-            await asyncio.wait([fills])
+            await asyncio.gather(fills, return_exceptions=True)  # what failed there failed here too, or was not needed
 
     async def _unsealed(self, spec: ShardSpec, each: ShardRange, *, forwarded: bool) -> Pieces:
         wanted = ByteRange(each.start, each.start + each.length, True)
@@ -112,8 +113,9 @@ class Batches:
             data, _ = await asyncio.to_thread(self._read, [_Read(spec.key, each.start, each.length)])
             yield data
             return
-        async for piece in body:
-            yield piece
+        async with contextlib.aclosing(body):  # type: ignore[type-var] # an async generator
+            async for piece in body:
+                yield piece
 
     def _read(self, run: Sequence[_Read]) -> tuple[bytes, list[int]]:
         """In a thread: the bytes of `run`, and each range's checksum as the protocol wants it."""
@@ -142,7 +144,9 @@ class Batches:
         async def begin() -> None:
             for spec in waiting:
                 try:
-                    await self._plane.begin_fill(spec)
+                    fill = await self._plane.begin_fill(spec)
+                    if fill is not None:  # one after the other: each holds a reservation and a file until its seal
+                        await asyncio.wait([fill.sealed])
                 except (ShoalError, StoreFull, DiskFailed, AlreadySealed) as error:
                     log.debug("shard %s is not filled ahead: %s", spec.key.hex(), error)
 

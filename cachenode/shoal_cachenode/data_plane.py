@@ -21,7 +21,7 @@ import numpy as np
 from shoal import checksums, shard_client
 from shoal.cluster_map import Node as MapNode
 from shoal.connection import MAX_DESCRIPTORS
-from shoal.errors import NotCached, Overloaded, ShoalError, SnapshotNotFound, Unavailable
+from shoal.errors import NotCached, Overloaded, ShardCorrupt, ShoalError, SnapshotNotFound, Unavailable
 from shoal.shards import Key
 from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
@@ -131,7 +131,7 @@ class DataPlane:
         places = [(spec.row, spec.index, spec.size_bytes)]
         also: list[FileSlice] = []
         holdings = self._node.inventory.known().get(spec.snapshot.digest)
-        count = min(int(wanted), MAX_DESCRIPTORS) if wanted.isdecimal() else 1
+        count = min(int(wanted), MAX_DESCRIPTORS) if wanted.isdecimal() and len(wanted) < 5 else 1
         if count > 1 and holdings is not None and spec.size_bytes >= ALONG_FROM:
             near, table = slice(spec.ordinal + 1, spec.ordinal + 1 + ALONG_WITHIN), holdings.table
             chosen = np.flatnonzero(holdings.held[near] & (table.sizes[near] >= ALONG_FROM))[: count - 1]
@@ -154,12 +154,13 @@ class DataPlane:
             file = await asyncio.to_thread(store.open_sealed, spec.key)
         return file
 
-    async def begin_fill(self, spec: ShardSpec) -> None:
-        """Begin the fill of a shard that is not here and is this node's to fill. Raises as `CacheNode.fill`."""
+    async def begin_fill(self, spec: ShardSpec) -> Fill | None:
+        """The fill of a shard that is not here and is this node's to fill, else None. Raises as `CacheNode.fill`."""
         order = self._node.order(spec)
         rank = self._node.rank(order)
-        if rank is not None and rank < spec.dataset.record.replicas and not self._node.store.is_sealed(spec.key):
-            await self._node.fill(spec, order, Urgency.DEMAND)
+        if rank is None or rank >= spec.dataset.record.replicas or self._node.store.is_sealed(spec.key):
+            return None
+        return await self._node.fill(spec, order, Urgency.DEMAND)
 
     async def unsealed(
         self, spec: ShardSpec, wanted: ByteRange, *, forwarded: bool
@@ -190,7 +191,7 @@ class DataPlane:
             source = self._node.peer(node, spec, cached_only=False)
             try:
                 return await _begun(self._through(source, wanted.start, wanted.end))
-            except (Unavailable, Overloaded, SnapshotNotFound) as error:
+            except (Unavailable, Overloaded, SnapshotNotFound, ShardCorrupt) as error:
                 log.info("node %s did not answer for its shard: %s", node.id, error)
         return None
 
@@ -231,7 +232,9 @@ class DataPlane:
         """Read from `source` and send, storing nothing; a bounded number of bytes ahead of the reader."""
         pieces = Handover(THROUGH_AHEAD_BYTES)
         step = self._node.config.part_size
-        reading = asyncio.get_running_loop().run_in_executor(None, pieces.fill, source, start, end, step)
+        reading = asyncio.get_running_loop().run_in_executor(
+            self._node.through_threads, pieces.fill, source, start, end, step
+        )
         try:
             async for piece in pieces:
                 self._node.counters.served_through_bytes.add(len(piece))

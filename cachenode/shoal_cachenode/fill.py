@@ -10,6 +10,7 @@ The rule: a waiter never fetches. It asks its fill for a part and waits; whoever
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import heapq
 import itertools
@@ -48,7 +49,7 @@ class DiskFailed(Exception):
 
 
 class Fill:
-    """One shard on its way in. Lives on the event loop; only `_fetch` runs in a thread."""
+    """One shard on its way in. Lives on the event loop; only `fetch` and `seal` run in threads."""
 
     def __init__(
         self, partial: PartialFile, source: Source, scheduler: Scheduler, urgency: Urgency, first: int
@@ -150,9 +151,16 @@ class Fill:
             await asyncio.shield(self._waiter(part))
 
     async def settled(self, part: int) -> None:
-        """Wait until all of `part` is in and its checksum known, or the fill is over."""
-        while part in self._missing and not self.sealed.done():
-            await asyncio.shield(self._waiter(part))
+        """Wait until all of `part` is in and its checksum known, or the drive failed.
+
+        Raises:
+            ShoalError: the source failed for good, so what came of the part may be wrong.
+        """
+        with contextlib.suppress(DiskFailed):  # the bytes are the source's all the same
+            while part in self._missing and not self.sealed.done():
+                await asyncio.shield(self._waiter(part))
+            if part in self._missing:
+                self.sealed.result()
 
     def _waiter(self, part: int) -> asyncio.Future[None]:
         waiter = self._waiters.get(part)
@@ -326,7 +334,10 @@ def _told(fill: Fill, error: Exception) -> Exception:
 
 def _yield_to_others() -> None:
     """Give this thread the processor's spare time (a thread has a priority of its own on Linux; sched(7))."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    thread = threading.get_native_id()
+    with contextlib.suppress(OSError):  # refused, and a pool whose threads fail to begin would never seal again
+        # Upwards only: a process that was started nicer than this may not come back.
+        os.setpriority(os.PRIO_PROCESS, thread, max(10, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 class Fills:
@@ -397,7 +408,10 @@ class Fills:
             await fill.wait_idle()
             passing = (OriginUnavailable, Unavailable, Overloaded)
             end = self._store.suspend if isinstance(error, passing) else PartialFile.drop
-            await asyncio.to_thread(end, fill.partial)
+            try:
+                await asyncio.to_thread(end, fill.partial)
+            except OSError as failure:  # newcomers wait for this task: a sick drive is none of their errors
+                log.error("what is left of %s stays on the drive: %s", fill.key.hex(), failure)
         else:
             self._on_sealed(fill.key)
         finally:

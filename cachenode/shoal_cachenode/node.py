@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 #: Nodes that are asked for a shard they do not own before the origin is: after a map change they are its last owners.
 FORMER_OWNERS_ASKED = 2
 PEER_TIMEOUT_S = 20.0
+#: Reads that pass through at a time. Each has a thread as long as its reader takes, so they are not the default ones,
+#: which short work waits for: opening a file, sending from a cold one.
+THROUGH_THREADS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,9 @@ class CacheNode:
         self.address = ""
         self.disk_fault = ""
         self._room = asyncio.Lock()  # one search for room at a time: two would drop twice what is needed
+        self._checks: dict[Key, asyncio.Task[None]] = {}
         self._on_knowledge: list[Callable[[], None]] = []
+        self.through_threads = ThreadPoolExecutor(THROUGH_THREADS, thread_name_prefix="through")
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="io"))
 
     @property
@@ -189,7 +194,17 @@ class CacheNode:
         return await self.fills.join(spec.key, spec.size_bytes, source, urgency, first)
 
     async def check(self, key: Key) -> None:
-        """Verify a sealed shard, and drop it where it is bad: it is fetched anew by whoever asks next."""
+        """Verify a sealed shard, and drop it where it is bad: it is fetched anew by whoever asks next.
+
+        Once for all who ask at a time: readers of one bad shard find it together.
+        """
+        task = self._checks.get(key)
+        if task is None:
+            task = self._checks[key] = asyncio.create_task(self._check(key))
+            task.add_done_callback(lambda _: self._checks.pop(key))
+        await asyncio.shield(task)
+
+    async def _check(self, key: Key) -> None:
         if not await asyncio.to_thread(self.store.verify, key):
             log.error("shard %s is damaged on the drive: dropped", key.hex())
             self.counters.shards_corrupt.add(1)
@@ -213,5 +228,6 @@ class CacheNode:
 
     async def close(self) -> None:
         await self.fills.close()
+        self.through_threads.shutdown(wait=False)
         self.transport.close()
         await asyncio.to_thread(self.store.close)

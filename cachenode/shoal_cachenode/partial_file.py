@@ -142,7 +142,12 @@ class PartialFile:
         self._store._publish(self)
 
     def drop(self) -> None:
-        """Give up: remove the file and its reservation. Readers that hold its descriptor keep it."""
-        self._path.unlink(missing_ok=True)
-        self._store._forget_partial(self.key)
-        self.close()
+        """Give up: remove the file and its reservation. Readers that hold its descriptor keep it.
+
+        Raises OSError as the disk does; nothing is reserved then either.
+        """
+        try:
+            self._path.unlink(missing_ok=True)
+        finally:  # a drive that turned read-only keeps the file; the shard may be filled again all the same
+            self._store._forget_partial(self.key)
+            self.close()

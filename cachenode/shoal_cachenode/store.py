@@ -227,6 +227,7 @@ class Store:
                 os.close(fd)
                 raise
         except (OSError, ShardCorrupt):
+            path.unlink(missing_ok=True)  # never truncated: readers of the earlier fill may still send from it
             return self._new(key, path, size_bytes)
 
     def suspend(self, partial: PartialFile) -> None:
@@ -243,14 +244,16 @@ class Store:
         with self._lock:
             if key in self._partials:
                 return 0
-            file = self._open.pop(key, None)
             is_partial = key in self._ledger.reserved
         path = self._filling_directory / key.hex() if is_partial else self._sealed_path(key)
         path.unlink(missing_ok=True)
+        with self._lock:
+            # Together: until the ledger forgets the key, another thread may open the file and keep it in `_open`.
+            file = self._open.pop(key, None)
+            freed = self._ledger.release(key)
         if file is not None:
             file.release()
-        with self._lock:
-            return self._ledger.release(key)
+        return freed
 
     def idle_partials(self) -> dict[Key, int]:
         """Keys and reserved bytes of partial shards that no fill is working on."""

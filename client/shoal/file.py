@@ -47,19 +47,22 @@ class ShoalFile(AbstractBufferedFile):  # type: ignore[misc] # fsspec has no typ
         if self.closed:
             raise ValueError("I/O operation on closed file.")
         start, end = self._span(length)
-        self.loc = end
         if end - start >= MAX_WINDOW:  # as `_buffered` decides, received without a buffer between
             self._forget_window(end)
-            return self._reader.read_bytes(start, end)
-        return memory.to_bytes(self._buffered(start, end)) if end > start else b""
+            data = self._reader.read_bytes(start, end)
+        else:
+            data = memory.to_bytes(self._buffered(start, end)) if end > start else b""
+        self.loc = end  # not before: a read that failed may be tried again
+        return data
 
     def read_buffer(self, length: int | None = -1) -> pa.Buffer:
         """As `read`, as an Arrow buffer; without a copy where the bytes are mapped. Valid as long as it is held."""
         if self.closed:
             raise ValueError("I/O operation on closed file.")
         start, end = self._span(length)
+        buffer = self._buffered(start, end) if end > start else pa.py_buffer(b"")
         self.loc = end
-        return self._buffered(start, end) if end > start else pa.py_buffer(b"")
+        return buffer
 
     def readinto(self, buffer: Any) -> int:
         """Fill a writable buffer from the current position; return the bytes that came."""

@@ -26,14 +26,10 @@ _DIRECT_FROM = 64 << 10
 _HUGE_FROM = 8 << 20
 _PAGE = mmap.PAGESIZE
 _HEADER = bytes.__basicsize__ - 1
-_WRITABLE = 0x200  # PyBUF_WRITE
 
 _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
 _new_bytes.restype = ctypes.py_object
 _new_bytes.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t]
-_view_of = ctypes.pythonapi.PyMemoryView_FromMemory
-_view_of.restype = ctypes.py_object
-_view_of.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 _madvise = ctypes.CDLL(None, use_errno=True).madvise
 _madvise.restype = ctypes.c_int
 _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -56,7 +52,7 @@ def make_bytes(length: int, fill: Callable[[memoryview], None]) -> bytes:
         fill(memoryview(small))
         return bytes(small)
     result, address = _fresh(length)
-    whole: memoryview = _view_of(address, length, _WRITABLE)
+    whole: memoryview = np.asarray(_Written(result, address, length)).data
     with whole:
         fill(whole)
     return result
@@ -74,6 +70,19 @@ def to_bytes(buffer: pa.Buffer) -> bytes:
 def copy(source: pa.Buffer, target: memoryview) -> None:
     """Copy `source` into `target`, which is as long, without the interpreter lock where that is large."""
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+class _Written:
+    """A `bytes` that is being written, for numpy's view of it, which keeps it alive.
+
+    A thread that an interrupted read left behind may still receive into a slice of that view.
+    """
+
+    __slots__ = ("__array_interface__", "_result")
+
+    def __init__(self, result: bytes, address: int, length: int) -> None:
+        self._result = result
+        self.__array_interface__ = {"version": 3, "shape": (length,), "typestr": "|u1", "data": (address, False)}
 
 
 def _fresh(length: int) -> tuple[bytes, int]:

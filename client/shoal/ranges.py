@@ -72,10 +72,13 @@ def read_many(cluster: Cluster, wanted: Sequence[Range], *, verify: bool) -> lis
     def read_batch(one: _Batch) -> list[int]:
         """Read one batch; returns the numbers of the ranges that it left out."""
         try:
-            buffer = shard_client.read_batch(cluster.transport, one.address, one.digest, one.wanted, verify=verify)
+            buffer, epoch = shard_client.read_batch(
+                cluster.transport, one.address, one.digest, one.wanted, verify=verify
+            )
         except ShoalError as error:
             log.info("a batch of %d ranges failed, reading them one by one: %s", len(one.wanted), error)
             return one.numbers
+        cluster.note_epoch(epoch)
         _take_apart(buffer, one, found)
         return []
 

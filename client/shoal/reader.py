@@ -155,9 +155,10 @@ class ObjectReader:
 
         def fetch(cut: Piece) -> None:
             part = target.part(cut.start - piece.start, cut.end - piece.start)
+            view = part.view()  # all of it: later it is what is missing
             whole = self._from_nodes(cut, part)
             if whole is not None:  # the local node stood in for the owner
-                memory.copy(_slice(whole, cut), part.view())
+                memory.copy(_slice(whole, cut), view)
 
         target.view()  # allocated here: the threads share it
         run_parallel(fetch, cuts)

@@ -91,8 +91,8 @@ def read(
 
 def read_batch(
     transport: Transport, address: str, digest: str, ranges: Sequence[ShardRange], *, verify: bool
-) -> pa.Buffer:
-    """The bytes of `ranges`, one after the other, from the node at `address` in one request.
+) -> tuple[pa.Buffer, int]:
+    """The bytes of `ranges`, one after the other, from the node at `address` in one request; and its map's epoch.
 
     Raises:
         ShardCorrupt: a range that is a whole part does not match its checksum.
@@ -102,12 +102,14 @@ def read_batch(
     length = sum(r.length for r in ranges)
     buffer = memory.allocate(length + batch.SUM_BYTES * len(ranges))
     view = memory.view(buffer)
-    transport.get(address, batch.target(digest), method="POST", content=batch.encode(ranges), make_view=lambda: view)
+    answer = transport.get(
+        address, batch.target(digest), method="POST", content=batch.encode(ranges), make_view=lambda: view
+    )
     if verify:
         sums = batch.decode_sums(view[length:])
         if sums.any():
             _compare_batch(view, ranges, sums.tolist())
-    return buffer.slice(0, length)
+    return buffer.slice(0, length), answer.epoch
 
 
 def _compare_batch(view: memoryview, ranges: Sequence[ShardRange], sums: Sequence[int]) -> None:

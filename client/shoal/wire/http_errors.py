@@ -29,6 +29,7 @@ _FALLBACK: dict[int, type[ShoalError]] = {
     404: errors.NotFound,
     405: errors.InvalidRequest,
     409: errors.OriginChanged,
+    413: errors.InvalidRequest,
     414: errors.InvalidRequest,
     416: errors.InvalidRequest,
     431: errors.InvalidRequest,

@@ -31,7 +31,7 @@ class MethodNotAllowed(InvalidRequest):
     """The resource does not know the method; `allowed` is the Allow header."""
 
     def __init__(self, method: str, allowed: str) -> None:
-        super().__init__(f"{method} is not served here: only {allowed} are")
+        super().__init__(f"{method} is not served here: use {allowed}")
         self.allowed = allowed
 
 
@@ -155,7 +155,7 @@ class HttpServer:
     async def _answer(self, request: Request) -> Response:
         try:
             if request.method not in (("GET", "HEAD", "POST") if self._max_body else ("GET", "HEAD")):
-                raise MethodNotAllowed(request.method, "GET, HEAD")
+                raise MethodNotAllowed(request.method, "GET, HEAD, POST" if self._max_body else "GET, HEAD")
             return await self._handler(request)
         except MethodNotAllowed as error:
             return _error(HTTPStatus.METHOD_NOT_ALLOWED, error, {"Allow": error.allowed})
