@@ -185,15 +185,17 @@ class Prefetches:
         spec = ShardSpec(share.known, share.opened, row, index, key, int(table.sizes[ordinal]))
         for attempt in range(1, ATTEMPTS + 1):
             if self._node.store.is_sealed(key):
-                return
+                break
             try:
                 fill = await self._node.fill(spec, self._node.order(spec), Urgency.PREFETCH)
                 await asyncio.shield(fill.sealed)
-                return
+                break
             except AlreadySealed:
-                return
+                break
             except (StoreFull, DiskFailed, ShoalError) as error:
                 # The source has retried what may pass already; another attempt is for a peer or a drive that came back.
                 if attempt == ATTEMPTS or isinstance(error, StoreFull):
                     path = share.opened.path(row)
                     raise ShoalError(f"{path or share.known.record.origin}: {error}") from error
+        # The store may know of a seal sooner than what is reported beside the job: both are to say the same.
+        self._node.inventory.sealed(key)
