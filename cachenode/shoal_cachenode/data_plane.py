@@ -22,6 +22,7 @@ from shoal import checksums, shard_client
 from shoal.cluster_map import Node as MapNode
 from shoal.connection import MAX_DESCRIPTORS
 from shoal.errors import NotCached, Overloaded, ShardCorrupt, ShoalError, SnapshotNotFound, Unavailable
+from shoal.maps import MAP_FROM
 from shoal.shards import Key
 from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
@@ -41,8 +42,7 @@ log = logging.getLogger(__name__)
 THROUGH_AHEAD_BYTES = 16 << 20
 #: Shards whose look-up is remembered; it costs as much as the rest of a small request.
 SHARDS_REMEMBERED = 1 << 16
-#: Descriptors go along with one of a shard so large, for shards so near in the snapshot.
-ALONG_FROM = 1 << 20
+#: Descriptors go along for shards so near in the snapshot.
 ALONG_WITHIN = 4096
 BINARY = "application/octet-stream"
 
@@ -132,9 +132,9 @@ class DataPlane:
         also: list[FileSlice] = []
         holdings = self._node.inventory.known().get(spec.snapshot.digest)
         count = min(int(wanted), MAX_DESCRIPTORS) if wanted.isdecimal() and len(wanted) < 5 else 1
-        if count > 1 and holdings is not None and spec.size_bytes >= ALONG_FROM:
+        if count > 1 and holdings is not None and spec.size_bytes >= MAP_FROM:
             near, table = slice(spec.ordinal + 1, spec.ordinal + 1 + ALONG_WITHIN), holdings.table
-            chosen = np.flatnonzero(holdings.held[near] & (table.sizes[near] >= ALONG_FROM))[: count - 1]
+            chosen = np.flatnonzero(holdings.held[near] & (table.sizes[near] >= MAP_FROM))[: count - 1]
             for ordinal in (near.start + chosen).tolist():
                 other = self._node.store.open_cached(table.keys[ordinal].astype("<u8").tobytes())
                 if other is not None:

@@ -272,7 +272,6 @@ class Scheduler:
         self._sealing: set[asyncio.Task[None]] = set()
         # Fetches wait when seals do not keep up: what is filled but not sealed is not safe on the drive.
         self._room_to_seal = asyncio.Semaphore(SEALS_WAITING)
-        self._fetches = fetches
         self._tasks = [asyncio.create_task(self._run()) for _ in range(fetches)]
         self.in_flight = 0
 

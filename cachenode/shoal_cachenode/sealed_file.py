@@ -13,7 +13,7 @@ import xxhash
 from shoal_cachenode.shard_file import ShardHeader
 
 READ_BYTES = 256 << 10
-_buffer = threading.local()
+_of_thread = threading.local()
 
 
 class SealedFile:
@@ -50,7 +50,7 @@ def part_is_good(fd: int, header: ShardHeader, part: int) -> bool:
     """
     position, end = header.part_range(part)
     hasher = xxhash.xxh3_64()
-    buffer = _buffer.__dict__.setdefault("view", memoryview(bytearray(READ_BYTES)))
+    buffer = _read_buffer()
     try:
         while position < end:
             count = os.preadv(fd, [buffer[: end - position]], position)
@@ -61,3 +61,11 @@ def part_is_good(fd: int, header: ShardHeader, part: int) -> bool:
     except OSError:
         return False
     return hasher.intdigest() == header.checksums[part]
+
+
+def _read_buffer() -> memoryview:
+    """This thread's own, made once."""
+    buffer: memoryview | None = getattr(_of_thread, "buffer", None)
+    if buffer is None:
+        buffer = _of_thread.buffer = memoryview(bytearray(READ_BYTES))
+    return buffer

@@ -26,6 +26,9 @@ import pyarrow as pa
 #: Maps kept by a process; with 256 MiB each, 256 GiB of its 128 TiB of addresses.
 MAX_MAPS = 1024
 
+#: A shard is worth a map from this size on: smaller ones are batched, and their descriptors do not go along.
+MAP_FROM = 1 << 20
+
 ShardId = tuple[str, int, int]
 """(snapshot digest, row, index of the shard)."""
 

@@ -1,9 +1,9 @@
 """Many ranges of many objects in few requests: one a shard's first owner, as long as it stays within a batch.
 
     1. mapped     a range of a shard that this process has mapped is cut from the map
-    2. worth a map   a range of a large shard of the local node: the shard is mapped, by an ordinary read
-    3. batched    other short ranges, by first owner (`shoal.wire.batch`)
-    4. ordinary   long ranges, and whatever a batch failed to bring: a read each, with failover
+    2. batched    short ranges of other shards, by first owner (`shoal.wire.batch`)
+    3. ordinary   long ranges, those of large shards of the local node (which get a map by it), and whatever a batch
+                  failed to bring: a read each, with failover
 
 The rule: a batch is only a faster way. Whatever goes wrong in one is left to ordinary reads, whose errors are told.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from shoal import memory, shard_client
 from shoal.errors import ShoalError
+from shoal.maps import MAP_FROM
 from shoal.parallel import run_parallel
 from shoal.shards import Piece
 from shoal.wire import batch
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from shoal.reader import ObjectReader
 
 log = logging.getLogger(__name__)
-
-#: A shard of the local node is worth a map of its own from this size on; ranges of smaller ones are batched.
-MAP_FROM = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

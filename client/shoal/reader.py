@@ -273,16 +273,14 @@ class _Target:
 
     @property
     def buffer(self) -> pa.Buffer:
-        """The buffer, where none was given. Valid as long as it is held."""
-        if self._buffer is None:
-            self._buffer = memory.allocate(self._length)
-            self._view = memory.view(self._buffer)
+        """The buffer of all that came, where no view was given. Valid as long as it is held."""
+        assert self._buffer is not None, "nothing came"
         return self._buffer
 
     def view(self) -> memoryview:
         if self._view is None:
-            _ = self.buffer
-        assert self._view is not None
+            self._buffer = memory.allocate(self._length)
+            self._view = memory.view(self._buffer)
         return self._view[self.done :]
 
     def part(self, start: int, end: int) -> _Target:

@@ -84,6 +84,7 @@ class Transport:
 
         Raises:
             Interrupted: the connection failed in the middle; the first `received` bytes are in the view.
+            DescriptorsLost: the answer's descriptors could not be taken; ask for bytes.
             NodeUnavailable: no answer.
             ShardCorrupt: the body does not match its checksums.
             ShoalError: the class the server named.

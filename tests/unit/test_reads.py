@@ -203,3 +203,17 @@ def test_one_request_opens_the_large_shards_behind_it(tmp_path: Path) -> None:
         assert len(local.maps) == 6
         cluster.stop_node(0)
         assert fs.open_buffer("set/3").to_pybytes() == large["3"]
+
+
+def test_shard_that_is_filling_is_streamed_to_the_local_node_s_readers_and_mapped_later(tmp_path: Path) -> None:
+    plain = content("x", 200)
+    with MiniCluster(tmp_path, {"x": plain}, part_size=PART) as cluster:
+        fs = cluster.filesystem(local=True)
+        local = fs.cluster.local
+        assert local is not None
+        assert fs.open_buffer("set/x").to_pybytes() == plain
+        assert len(local.maps) == 0, "it was cold: nothing to map yet"
+        cluster.run(cluster.nodes[0].fills.settle())
+        assert fs.open_buffer("set/x").to_pybytes() == plain
+        assert len(local.maps) == 1
+        assert cluster.origin.bytes_read == len(plain)

@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-
+from shoal import memory
 from shoal.errors import (
     InvalidRequest,
     OriginDenied,
@@ -146,7 +145,7 @@ class LocalOrigin:
 def _steps(descriptor: int, url: str, version: str, start: int, end: int) -> pieces.Pieces:
     """[start, end) in steps, all in one buffer."""
     _check(descriptor, url, version, end)
-    step = memoryview(pa.allocate_buffer(min(end - start, pieces.STEP_BYTES))).cast("B")
+    step = memory.view(memory.allocate(min(end - start, pieces.STEP_BYTES)))
     while start < end:
         count = os.preadv(descriptor, [step[: end - start]], start)
         _check(descriptor, url, version, end)

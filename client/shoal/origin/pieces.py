@@ -13,8 +13,7 @@ import contextlib
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-
+from shoal import memory
 from shoal.errors import OriginError
 from shoal.origin import base
 from shoal.origin.base import Deadlines, Origin, Sink
@@ -87,8 +86,8 @@ def collected(origin: Origin, path: str, version: str, start: int, end: int) -> 
         nonlocal buffer, filled
         if not filled:
             # Not sooner: that `end - start` is a size, and of bytes that exist, is known now.
-            buffer = pa.allocate_buffer(end - start)
-        memoryview(buffer).cast("B")[filled : filled + len(piece)] = piece
+            buffer = memory.allocate(end - start)
+        memory.view(buffer)[filled : filled + len(piece)] = piece
         filled += len(piece)
 
     origin.stream(path, version, start, end, keep)
