@@ -1,0 +1,125 @@
+"""Steps: the flat order cut into global batches, and who reads which samples of one. Pure.
+
+Step k takes positions [k G, (k + 1) G) of the order, G = batch size x world size. Inside a step any rank may take any
+sample: the gradient is a sum over the step. So samples go to ranks on nodes that hold them, each rank gets its equal
+share, and in a rank's batch samples keep the order that they had.
+
+The rule: what a step contains is decided by the order alone; nodes and maps only say who reads it. Ranks must agree on
+that, or a sample is read twice and another not at all, so all of them are given one table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.errors import InvalidRequest
+
+Indexes = npt.NDArray[np.int64]
+
+NOWHERE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """An epoch's steps, for a world of `world_size` ranks.
+
+    Attributes:
+        samples: in the epoch.
+        position: in the flat order, where the first step begins: 0, or where an interrupted epoch goes on.
+        batch_size: samples a rank and step.
+        drop_last: leave out the samples at the end that make no whole step. Else the last step is a short one, in which
+            samples of the step are repeated until all ranks have equally many, as torch's DistributedSampler does it.
+
+    Raises:
+        InvalidRequest: a number makes no sense, or the epoch has no step.
+    """
+
+    samples: int
+    position: int
+    batch_size: int
+    world_size: int
+    drop_last: bool
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.world_size < 1:
+            raise InvalidRequest(
+                f"batch_size {self.batch_size} x world_size {self.world_size} is no step: both must be 1 or more"
+            )
+        if not 0 <= self.position <= self.samples:
+            raise InvalidRequest(f"position {self.position} is not within an epoch of {self.samples} samples")
+        if self.position == 0 and self.steps == 0:
+            raise InvalidRequest(
+                f"no rank would get a batch: {self.samples} samples are less than one step of {self.world_size} ranks "
+                f"x {self.batch_size}, and drop_last leaves out what makes no whole step. Use a smaller batch_size, "
+                "fewer ranks, drop_last=False, or more data"
+                if self.samples
+                else "no rank would get a batch: nothing matches, or what matches has no samples; check the path"
+            )
+
+    @property
+    def step_size(self) -> int:
+        """Samples a step, but for a short last one."""
+        return self.batch_size * self.world_size
+
+    @property
+    def steps(self) -> int:
+        """Steps that are left."""
+        left = self.samples - self.position
+        return left // self.step_size if self.drop_last else -(-left // self.step_size)
+
+    def step(self, number: int) -> range:
+        """Positions of step `number`, counted from `position`. Shorter than `step_size` for a short last one."""
+        start = self.position + number * self.step_size
+        return range(start, min(start + self.step_size, self.samples))
+
+    def share(self, step: range) -> int:
+        """Samples that each rank gets of `step`, repeats included."""
+        return -(-len(step) // self.world_size)
+
+    def padded(self, step: range) -> Indexes:
+        """The step's samples as indexes into it, repeated from its beginning until they are even over the ranks.
+
+        Shape (share x world size,).
+        """
+        return np.arange(self.share(step) * self.world_size) % len(step)
+
+
+def assign(homes: Indexes, rank_nodes: Indexes) -> Indexes:
+    """Who reads what of one step.
+
+    Args:
+        homes: for each sample the nodes that hold it, best first, as numbers; `NOWHERE` where there is none. Shape
+            (n, holders), n a multiple of the world size.
+        rank_nodes: the node that each rank runs on; `NOWHERE` where it runs beside none. Shape (world size,).
+
+    Returns:
+        The samples of each rank, as indexes into the step, ascending. Shape (world size, n / world size). No sample is
+        away from home while one of its homes has room.
+    """
+    world = len(rank_nodes)
+    share, surplus = divmod(len(homes), world)
+    assert surplus == 0, "a step is even over the ranks"
+    nodes, seats = np.unique(rank_nodes[rank_nodes != NOWHERE], return_counts=True)
+    room = dict(zip(nodes.tolist(), (seats * share).tolist(), strict=True))
+    taken: dict[int, list[Indexes]] = {node: [] for node in room}
+    free = np.ones(len(homes), np.bool_)
+    for column in homes.T:
+        for node in room:
+            if room[node]:
+                found = np.flatnonzero(free & (column == node))[: room[node]]
+                free[found] = False
+                room[node] -= len(found)
+                taken[node].append(found)
+    left = np.flatnonzero(free)
+    batches = np.empty((world, share), np.int64)
+    for rank in np.flatnonzero(rank_nodes == NOWHERE).tolist():
+        batches[rank], left = left[:share], left[share:]
+    for node in room:
+        mine, left = np.concatenate([*taken[node], left[: room[node]]]), left[room[node] :]
+        mine.sort()
+        seats_of = np.flatnonzero(rank_nodes == node)
+        batches[seats_of] = mine.reshape(len(seats_of), share)
+    return batches
