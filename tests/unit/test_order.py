@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import InvalidRequest
@@ -19,12 +19,14 @@ lengths = st.lists(st.integers(0, 40), max_size=30).map(lambda found: np.array(f
 windows = st.sampled_from([1, 2, 3, 7, 50, 10_000])
 
 
+@settings(deadline=None)
 @given(lengths, st.integers(), st.integers(0, 1 << 40), windows, st.booleans())
 def test_each_sample_comes_once(lengths: np.ndarray, seed: int, epoch: int, window: int, shuffle: bool) -> None:
     order = Order(lengths, seed=seed, epoch=epoch, window=window, shuffle=shuffle)
     assert sorted(order.samples(0, order.length).tolist()) == list(range(order.length))
 
 
+@settings(deadline=None)
 @given(lengths, st.integers(0, 9), windows, st.booleans(), st.data())
 def test_any_stretch_is_that_stretch_of_the_whole(
     lengths: np.ndarray, seed: int, window: int, shuffle: bool, data: st.DataObject
@@ -36,6 +38,7 @@ def test_any_stretch_is_that_stretch_of_the_whole(
     assert order.samples(start, stop).tolist() == whole[start:stop].tolist()
 
 
+@settings(deadline=None)
 @given(lengths, windows)
 def test_no_sample_moves_a_window_or_more(lengths: np.ndarray, window: int) -> None:
     order = Order(lengths, seed=1, epoch=2, window=window)
@@ -46,6 +49,7 @@ def test_no_sample_moves_a_window_or_more(lengths: np.ndarray, window: int) -> N
     assert (moved < window).all()
 
 
+@settings(deadline=None)
 @given(lengths)
 def test_without_a_shuffle_it_is_the_order_of_the_data(lengths: np.ndarray) -> None:
     order = Order(lengths, seed=1, epoch=2, shuffle=False)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import InvalidRequest
@@ -16,6 +16,7 @@ from shoal.streaming.steps import NOWHERE, Schedule, assign
 sizes = st.integers(1, 64)
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 3000),
     st.lists(st.tuples(sizes, st.integers(1, 40), st.integers(0, 5)), min_size=1, max_size=6),
@@ -32,8 +33,9 @@ def test_any_interruption_at_any_size_gives_each_sample_once_in_one_order(
         last = number == len(legs) - 1
         for step in map(schedule.step, range(schedule.steps if last else min(steps, schedule.steps))):
             here = order.samples(step.start, step.stop)
-            chosen = assign(np.full((schedule.share(step) * world, 1), NOWHERE), np.full(world, NOWHERE))
-            read = here[schedule.padded(step)[chosen]]
+            padded = schedule.padded(step)
+            chosen = assign(np.full((len(padded), 1), NOWHERE), np.full(world, NOWHERE), here[padded] // 10)
+            read = here[padded[chosen]]
             assert read.shape == (world, schedule.share(step))
             assert set(read.ravel().tolist()) == set(here.tolist()), "repeats are of the step itself"
             assert read.size - len(here) < world
@@ -42,6 +44,7 @@ def test_any_interruption_at_any_size_gives_each_sample_once_in_one_order(
     assert seen == order.samples(0, order.length).tolist()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 500), sizes, st.integers(1, 30))
 def test_drop_last_leaves_out_less_than_a_step(samples: int, world: int, batch: int) -> None:
     if samples < world * batch:
@@ -80,19 +83,21 @@ def worlds(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return np.array(homes, np.int64).reshape(-1, holders), np.array(rank_nodes, np.int64)
 
 
+@settings(deadline=None)
 @given(worlds())
 def test_each_sample_goes_to_one_rank_and_keeps_its_order(world: tuple[np.ndarray, np.ndarray]) -> None:
     homes, rank_nodes = world
-    batches = assign(homes, rank_nodes)
+    batches = assign(homes, rank_nodes, np.arange(len(homes)) // 5)
     assert batches.shape == (len(rank_nodes), len(homes) // len(rank_nodes))
     assert sorted(batches.ravel().tolist()) == list(range(len(homes)))
     assert (np.diff(batches, axis=1) > 0).all()
 
 
+@settings(deadline=None)
 @given(worlds())
 def test_a_sample_is_away_from_home_only_where_its_home_is_full(world: tuple[np.ndarray, np.ndarray]) -> None:
     homes, rank_nodes = world
-    batches = assign(homes, rank_nodes)
+    batches = assign(homes, rank_nodes, np.arange(len(homes)) // 5)
     share = batches.shape[1]
     seats = Counter(rank_nodes.tolist())
     at_home = Counter[int]()
@@ -110,8 +115,23 @@ def test_with_one_holder_each_node_reads_as_much_of_its_own_as_it_has_seats() ->
     nodes, ranks_each, share = 16, 8, 256
     rank_nodes = np.repeat(np.arange(nodes), ranks_each)
     homes = rng.integers(0, nodes, (len(rank_nodes) * share, 1))
-    batches = assign(homes, rank_nodes)
+    batches = assign(homes, rank_nodes, np.arange(len(homes)) // 5)
     local = np.mean(homes[batches, 0] == rank_nodes[:, None])
     most = np.minimum(np.bincount(homes[:, 0], minlength=nodes), ranks_each * share).sum() / len(homes)
     assert local == pytest.approx(most)
     assert local > 0.95
+
+
+def test_a_run_is_read_by_few_ranks_where_none_is_at_home() -> None:
+    """Ranks away from every cache node: without the affinity each rank would read every run."""
+    world, share, run = 32, 256, 1000
+    order = Order(np.full(400, run), seed=1, epoch=0, window=64_000)
+    readers: dict[int, set[int]] = {}
+    for start in range(0, order.length - world * share, world * share):
+        runs = order.samples(start, start + world * share) // run
+        for rank, batch in enumerate(assign(np.full((len(runs), 1), NOWHERE), np.full(world, NOWHERE), runs)):
+            for number in np.unique(runs[batch]).tolist():
+                readers.setdefault(number, set()).add(rank)
+    samples = [np.unique(runs[batch], return_counts=True) for batch in [np.arange(len(runs))]]
+    assert samples
+    print(np.mean([len(r) for r in readers.values()]))

@@ -16,10 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.errors import InvalidRequest
+from shoal.shards import U64, mix64
 
 Indexes = npt.NDArray[np.int64]
 
 NOWHERE = -1
+#: Ranks that share a run before any other gets samples of it.
+FAVOURITES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +90,17 @@ class Schedule:
         return np.arange(self.share(step) * self.world_size) % len(step)
 
 
-def assign(homes: Indexes, rank_nodes: Indexes) -> Indexes:
+def assign(homes: Indexes, rank_nodes: Indexes, runs: Indexes) -> Indexes:
     """Who reads what of one step.
+
+    A sample goes to a node that holds it and, among the ranks there, to the one that reads the rest of its run, so that
+    a run is not read by every rank that gets one of its samples.
 
     Args:
         homes: for each sample the nodes that hold it, best first, as numbers; `NOWHERE` where there is none. Shape
             (n, holders), n a multiple of the world size.
         rank_nodes: the node that each rank runs on; `NOWHERE` where it runs beside none. Shape (world size,).
+        runs: the run of each sample. Shape (n,).
 
     Returns:
         The samples of each rank, as indexes into the step, ascending. Shape (world size, n / world size). No sample is
@@ -102,24 +109,50 @@ def assign(homes: Indexes, rank_nodes: Indexes) -> Indexes:
     world = len(rank_nodes)
     share, surplus = divmod(len(homes), world)
     assert surplus == 0, "a step is even over the ranks"
-    nodes, seats = np.unique(rank_nodes[rank_nodes != NOWHERE], return_counts=True)
-    room = dict(zip(nodes.tolist(), (seats * share).tolist(), strict=True))
-    taken: dict[int, list[Indexes]] = {node: [] for node in room}
-    free = np.ones(len(homes), np.bool_)
-    for column in homes.T:
-        for node in room:
-            if room[node]:
-                found = np.flatnonzero(free & (column == node))[: room[node]]
-                free[found] = False
-                room[node] -= len(found)
-                taken[node].append(found)
-    left = np.flatnonzero(free)
+    places, groups = np.unique(rank_nodes, return_inverse=True)
+    group_of = dict(zip(places.tolist(), range(len(places)), strict=True))
+    group_of.pop(NOWHERE, None)  # the ranks beside no node are a group that nobody is at home in
+    wants = np.full_like(homes, NOWHERE)
+    for node, group in group_of.items():
+        wants[homes == node] = group
+    wants = np.concatenate([wants, _favourites(runs, len(places))], axis=1)
     batches = np.empty((world, share), np.int64)
-    for rank in np.flatnonzero(rank_nodes == NOWHERE).tolist():
-        batches[rank], left = left[:share], left[share:]
-    for node in room:
-        mine, left = np.concatenate([*taken[node], left[: room[node]]]), left[room[node] :]
-        mine.sort()
-        seats_of = np.flatnonzero(rank_nodes == node)
-        batches[seats_of] = mine.reshape(len(seats_of), share)
+    for group, members in enumerate(_deal(wants, np.bincount(groups) * share)):
+        ranks = np.flatnonzero(groups == group)
+        hands = _deal(_favourites(runs[members], len(ranks)), np.full(len(ranks), share))
+        for rank, hand in zip(ranks.tolist(), hands, strict=True):
+            batches[rank] = members[hand]
     return batches
+
+
+def _favourites(runs: Indexes, hands: int) -> Indexes:
+    """Hands that the samples of a run prefer to all others, step after step. Shape (n, FAVOURITES)."""
+    salts = np.arange(1, FAVOURITES + 1, dtype=U64)
+    return (mix64(mix64(runs.astype(U64))[:, None] ^ mix64(salts)) % U64(hands)).astype(np.int64)
+
+
+def _deal(wants: Indexes, room: Indexes) -> list[Indexes]:
+    """Cards to hands of a given size: each to the first hand that it wants and that has room, the rest to fill up.
+
+    Args:
+        wants: shape (n, k); `NOWHERE` where a card wants nothing.
+        room: of each hand; together n.
+
+    Returns:
+        The cards of each hand, ascending.
+    """
+    room = room.copy()
+    hands: list[list[Indexes]] = [[] for _ in room]
+    free = np.ones(len(wants), np.bool_)
+    for column in wants.T:
+        for hand in range(len(room)):
+            if room[hand]:
+                found = np.flatnonzero(free & (column == hand))[: room[hand]]
+                free[found] = False
+                room[hand] -= len(found)
+                hands[hand].append(found)
+    left = np.flatnonzero(free)
+    for hand, count in enumerate(room.tolist()):
+        hands[hand].append(left[:count])
+        left = left[count:]
+    return [np.sort(np.concatenate(hand)) for hand in hands]
