@@ -1,0 +1,129 @@
+"""Arrow IPC files and streams: a run is a record batch.
+
+A file's footer says where its batches are, and each batch's metadata how many rows it has
+(https://arrow.apache.org/docs/format/Columnar.html#ipc-file-format). A stream has no footer: its messages are walked
+from one to the next, over the bodies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from shoal import memory
+from shoal.errors import InvalidRequest
+from shoal.streaming.formats.flatbuffer import Table
+from shoal.streaming.formats.source import Extent, Source
+
+_MAGIC = b"ARROW1"
+_TAIL = 10  # the footer's length, then the magic
+_BLOCK = "<qi4xq"
+_CONTINUATION = 0xFFFFFFFF
+_RECORD_BATCH = 3
+#: Bytes read at a batch's head to begin with; its metadata mostly is within.
+_HEAD_BYTES = 4 << 10
+
+
+def runs(name: str, source: Source) -> list[Extent]:
+    """The record batches of an IPC file or stream.
+
+    Args:
+        name: for messages.
+
+    Raises:
+        InvalidRequest: it is neither, or damaged.
+        ShoalError: as the source does.
+    """
+    try:
+        head = _bytes(source, 0, min(len(_MAGIC), source.size_bytes))
+        found = _of_file(source) if head == _MAGIC else _of_stream(source)
+        return [Extent(number, *extent) for number, extent in enumerate(found)]
+    except ValueError as error:
+        if isinstance(error, InvalidRequest):
+            raise
+        raise InvalidRequest(f"{name} is no Arrow IPC file or stream ({error}): leave it out of the pattern") from error
+
+
+def _of_file(source: Source) -> Iterator[tuple[int, int, int]]:
+    size = source.size_bytes
+    tail = _bytes(source, max(0, size - _TAIL), size)
+    length = int.from_bytes(tail[:4], "little")
+    if tail[4:] != _MAGIC or not 0 < length <= size - _TAIL - len(_MAGIC):
+        raise ValueError("its footer is missing: it was not written to its end")
+    footer = Table.root(memory.view(source.read_buffer(size - _TAIL - length, size - _TAIL)))
+    for start, metadata_bytes, body_bytes in footer.structs(3, _BLOCK):
+        end = start + metadata_bytes + body_bytes
+        if not 0 <= start < end <= size or metadata_bytes < 0 or body_bytes < 0:
+            raise ValueError("its footer names a batch outside of it")
+        kind, rows, _ = _message(_bytes(source, start, start + metadata_bytes))
+        if kind != _RECORD_BATCH:
+            raise ValueError("its footer names something else as a record batch")
+        yield rows, start, end
+
+
+def _of_stream(source: Source) -> Iterator[tuple[int, int, int]]:
+    start, size = 0, source.size_bytes
+    while start < size:
+        head = _bytes(source, start, min(start + _HEAD_BYTES, size))
+        prefix = 8 if int.from_bytes(head[:4], "little") == _CONTINUATION else 4
+        length = int.from_bytes(head[prefix - 4 : prefix], "little")
+        if not length:
+            return  # the end of the stream
+        if start + prefix + length > size:
+            raise ValueError("it ends within a message")
+        if prefix + length > len(head):
+            head = _bytes(source, start, start + prefix + length)
+        kind, rows, body_bytes = _message(head[: prefix + length])
+        end = start + prefix + length + body_bytes
+        if body_bytes < 0 or end > size:
+            raise ValueError("it ends within a message")
+        if kind == _RECORD_BATCH:
+            yield rows, start, end
+        start = end
+
+
+def _message(data: bytes) -> tuple[int, int, int]:
+    """The kind of a message with its prefix, its rows if it is a record batch, and the bytes of its body."""
+    prefix = 8 if int.from_bytes(data[:4], "little") == _CONTINUATION else 4
+    message = Table.root(memoryview(data)[prefix:])
+    kind, header = message.scalar(1, "<B"), message.table(2)
+    rows = header.scalar(0, "<q") if kind == _RECORD_BATCH and header is not None else 0
+    if rows < 0:
+        raise ValueError("a batch has a negative length")
+    return kind, rows, message.scalar(3, "<q")
+
+
+def _bytes(source: Source, start: int, end: int) -> bytes:
+    return memory.to_bytes(source.read_buffer(start, end)) if end > start else b""
+
+
+class Reader:
+    """The batches of one object. Not for several threads at once.
+
+    Args:
+        file: of the object; what it reads it asks for by `read_buffer`, so that batches are views where that can be.
+    """
+
+    def __init__(self, name: str, file: pa.NativeFile, columns: list[str] | None) -> None:
+        self._name, self._columns = name, columns
+        self._is_file = file.read(len(_MAGIC)) == _MAGIC
+        file.seek(0)
+        self._file = file
+        try:
+            self._opened = pa.ipc.open_file(file) if self._is_file else pa.ipc.open_stream(file)
+        except (pa.ArrowException, OSError) as error:
+            raise InvalidRequest(f"{name} is no Arrow IPC file or stream ({error})") from error
+
+    def table(self, run: Extent) -> pa.Table:
+        """The rows of a run. Raises InvalidRequest where it cannot be read."""
+        try:
+            if self._is_file:
+                batch = self._opened.get_batch(run.number)
+            else:
+                self._file.seek(run.start)
+                batch = pa.ipc.read_record_batch(pa.ipc.read_message(self._file), self._opened.schema)
+        except (pa.ArrowException, OSError) as error:
+            raise InvalidRequest(f"batch {run.number} of {self._name} cannot be read: {error}") from error
+        table = pa.Table.from_batches([batch])
+        return table if self._columns is None else table.select(self._columns)

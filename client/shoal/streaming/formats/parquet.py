@@ -1,0 +1,52 @@
+"""Parquet files: a run is a row group. The footer says all of it."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shoal.errors import InvalidRequest
+from shoal.streaming.formats.source import Extent
+
+
+def runs(name: str, file: pa.NativeFile) -> list[Extent]:
+    """The row groups of a Parquet file. Reads its footer only.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    try:
+        metadata = pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidRequest(f"{name} is no Parquet file ({error}): leave it out of the pattern") from error
+    found = []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        spans = [_span(group.column(column)) for column in range(group.num_columns)]
+        start, end = min((low for low, _ in spans), default=0), max((high for _, high in spans), default=0)
+        found.append(Extent(number, group.num_rows, start, end))
+    return found
+
+
+def _span(column: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    # The dictionary, where there is one, lies before the data.
+    start = column.dictionary_page_offset or column.data_page_offset
+    return start, start + column.total_compressed_size
+
+
+class Reader:
+    """The row groups of one object. Not for several threads at once."""
+
+    def __init__(self, name: str, file: pa.NativeFile, columns: list[str] | None) -> None:
+        self._name, self._columns = name, columns
+        try:
+            self._opened = pq.ParquetFile(file)
+        except (pa.ArrowException, OSError) as error:
+            raise InvalidRequest(f"{name} is no Parquet file ({error})") from error
+
+    def table(self, run: Extent) -> pa.Table:
+        """The rows of a run, decoded. Raises InvalidRequest where it cannot be read."""
+        try:
+            return self._opened.read_row_group(run.number, columns=self._columns)
+        except (pa.ArrowException, OSError) as error:
+            raise InvalidRequest(f"row group {run.number} of {self._name} cannot be read: {error}") from error
