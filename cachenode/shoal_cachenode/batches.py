@@ -25,9 +25,9 @@ from shoal.wire.batch import ShardRange
 from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
 from shoal_cachenode.data_plane import BINARY, DataPlane
-from shoal_cachenode.fill import DiskFailed
 from shoal_cachenode.library import ShardSpec
 from shoal_cachenode.node import CacheNode
+from shoal_cachenode.scheduler import DiskFailed
 from shoal_cachenode.shard_file import ShardHeader
 from shoal_cachenode.store import AlreadySealed, StoreFull
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 
 import numpy as np
 
@@ -27,10 +28,11 @@ from shoal.shards import Key
 from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
 from shoal.wire.places import format_places
-from shoal_cachenode.fill import DiskFailed, Fill, Urgency
+from shoal_cachenode.fill import Fill
 from shoal_cachenode.handover import Handover
 from shoal_cachenode.library import Knowledge, ShardSpec, find_shard
 from shoal_cachenode.node import CacheNode
+from shoal_cachenode.scheduler import DiskFailed, Urgency
 from shoal_cachenode.sealed_file import SealedFile
 from shoal_cachenode.shard_file import ShardHeader
 from shoal_cachenode.source import Source
@@ -175,7 +177,7 @@ class DataPlane:
             fill = await self._node.fill(spec, order, Urgency.DEMAND, wanted.start)
         except (StoreFull, DiskFailed) as error:
             self._note(error)
-            source = await asyncio.to_thread(self._node.source, spec, order)
+            source = await asyncio.to_thread(partial(self._node.source, spec, order, waits=True))
             return await _begun(self._through(source, wanted.start, wanted.end))
         return await _begun(self._from_fill(spec, order, fill, wanted.start, wanted.end))
 
@@ -209,7 +211,7 @@ class DataPlane:
                     reached = first + await fill.available(part, start - first)
                 except DiskFailed as error:
                     self._note(error)
-                    source = await asyncio.to_thread(self._node.source, spec, order)
+                    source = await asyncio.to_thread(partial(self._node.source, spec, order, waits=True))
                     async for buffer in self._through(source, start, end):
                         yield buffer
                     return

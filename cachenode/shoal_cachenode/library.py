@@ -13,15 +13,24 @@ import json
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shoal import datasets, origin, shards
 from shoal.cluster_map import ClusterMap, NodeState
 from shoal.datasets import DatasetRecord
-from shoal.errors import DatasetNotFound, NotFound, ShardCorrupt, ShoalError, SnapshotNotFound, StoreUnusable
+from shoal.errors import (
+    DatasetNotFound,
+    NotFound,
+    OriginUnavailable,
+    ShardCorrupt,
+    ShoalError,
+    SnapshotNotFound,
+    StoreUnusable,
+)
 from shoal.origin import Origin
 from shoal.placement import Placement
 from shoal.shard_client import ShardAt
@@ -101,7 +110,11 @@ class Knowledge:
 class Library:
     """Snapshots, origins and placements, opened once and shared."""
 
-    def __init__(self, directory: Path, transport: Transport) -> None:
+    def __init__(
+        self, directory: Path, transport: Transport, on_trouble: Callable[[str, OriginUnavailable], None]
+    ) -> None:
+        """Read what was kept in `directory`; `on_trouble` is told of a dataset's origin that fails for now."""
+        self._on_trouble = on_trouble
         self._orders = directory / "orders.json"
         self._snapshots_directory = directory / "snapshots"
         self._snapshots_directory.mkdir(exist_ok=True)
@@ -218,7 +231,9 @@ class Library:
             cached = self._origins.get(name)
             if cached is not None and cached[0] == known.storage_options and cached[1].url == known.record.origin:
                 return cached[1]
-        opened = origin.open_origin(known.record.origin, known.storage_options)
+        opened = origin.open_origin(
+            known.record.origin, known.storage_options, on_trouble=partial(self._on_trouble, name)
+        )
         with self._origins_lock:
             self._origins[name] = known.storage_options, opened
         return opened

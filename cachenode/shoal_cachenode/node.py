@@ -18,10 +18,12 @@ from shoal.cluster_map import NodeState
 from shoal.errors import ClusterUnavailable, ShoalError
 from shoal.shards import PART_SIZE, Key
 from shoal.transport import Transport
-from shoal_cachenode.fill import Fill, Fills, Urgency
+from shoal_cachenode.fill import Fill, Fills
 from shoal_cachenode.holdings import Holdings
 from shoal_cachenode.inventory import Inventory
 from shoal_cachenode.library import Knowledge, Library, ShardSpec
+from shoal_cachenode.origin_budget import OriginBudget, Rate
+from shoal_cachenode.scheduler import Urgency
 from shoal_cachenode.source import Counter, FirstThatHasIt, OriginSource, PeerSource, Source
 from shoal_cachenode.store import Store, StoreFull
 
@@ -41,7 +43,8 @@ class Config:
 
     Attributes:
         advertise: ``host:port`` of the data plane, as others reach it.
-        fetches: part fetches at a time; with the part size this bounds the memory of fills.
+        fetches: part fetches of one dataset at a time, and the most that its origin is asked for at a time.
+        origin_bytes_per_s: what all origins together may be asked for; 0: no limit.
     """
 
     data_dir: Path
@@ -49,6 +52,7 @@ class Config:
     topology: Mapping[str, str] = field(default_factory=dict)
     fetches: int = 16
     part_size: int = PART_SIZE
+    origin_bytes_per_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,9 @@ class CacheNode:
         self.counters = Counters()
         self.store = Store(config.data_dir, config.capacity_bytes, part_size=config.part_size)
         self.transport = Transport(read_timeout_s=PEER_TIMEOUT_S)
-        self.library = Library(config.data_dir, self.transport)
+        self.library = Library(config.data_dir, self.transport, lambda name, error: self.budget_of(name).trouble(error))
+        self._origin_rate = Rate(config.origin_bytes_per_s)
+        self._budgets: dict[str, OriginBudget] = {}  # by dataset
         self.inventory = Inventory(self.store)
         self.fills = Fills(self.store, config.fetches, on_sealed=self._on_sealed)
         self.id = self.store.node_id
@@ -144,8 +150,11 @@ class CacheNode:
         """This node's place in an order; None where it is not in it."""
         return next((rank for rank, node in enumerate(order) if node.id == self.id), None)
 
-    def source(self, spec: ShardSpec, order: tuple[MapNode, ...]) -> Source:
+    def source(self, spec: ShardSpec, order: tuple[MapNode, ...], *, waits: bool = False) -> Source:
         """Where a fill of `spec` here reads: owners before this one, then whoever may still hold it, then the origin.
+
+        Args:
+            waits: for room in the origin's budget, in the thread that reads; else `OriginBusy` is raised.
 
         May block while the origin is opened.
         """
@@ -157,17 +166,24 @@ class CacheNode:
         former = [node for node in order[len(peers) :] if node.id != self.id][: replicas - 1 + FORMER_OWNERS_ASKED]
         former += [n for n in self.library.knowledge.cluster_map.nodes if n.state is NodeState.DRAINING]
         peers += [self.peer(node, spec, cached_only=True) for node in former if node.id != self.id]
-        return FirstThatHasIt(peers, self.origin_source(spec))
+        return FirstThatHasIt(peers, self.origin_source(spec, waits=waits))
 
     def peer(self, node: MapNode, spec: ShardSpec, *, cached_only: bool) -> PeerSource:
         return PeerSource(self.transport, node.address, spec.at, self.id, cached_only, self.counters.peer_bytes)
 
-    def origin_source(self, spec: ShardSpec) -> Source:
+    def budget_of(self, dataset: str) -> OriginBudget:
+        """What may be asked of a dataset's origin at a time."""
+        budget = self._budgets.get(dataset)
+        if budget is None:
+            made = OriginBudget(self.config.fetches, self._origin_rate, self.fills.on_room)
+            budget = self._budgets.setdefault(dataset, made)  # threads may come together: one of theirs is everybody's
+        return budget
+
+    def origin_source(self, spec: ShardSpec, *, waits: bool) -> Source:
+        budget = self.budget_of(spec.dataset.record.name)
         opened = self.library.origin(spec.dataset)
-        row = spec.row
-        return OriginSource(
-            opened, spec.snapshot.path(row), spec.snapshot.version(row), spec.offset, self.counters.origin_bytes
-        )
+        path, version = spec.snapshot.path(spec.row), spec.snapshot.version(spec.row)
+        return OriginSource(opened, path, version, spec.offset, self.counters.origin_bytes, budget, waits)
 
     async def fill(self, spec: ShardSpec, order: tuple[MapNode, ...], urgency: Urgency, start: int = 0) -> Fill:
         """The one fill of a shard, with room made for it; a new one begins with the part that byte `start` is in.
@@ -186,12 +202,13 @@ class CacheNode:
         else:
             source = await asyncio.to_thread(self.source, spec, order)
         first = start // self.config.part_size
+        budget = self.budget_of(spec.dataset.record.name)
         try:
-            return await self.fills.join(spec.key, spec.size_bytes, source, urgency, first)
+            return await self.fills.join(spec.key, spec.size_bytes, source, budget, urgency, first)
         except StoreFull:
             if not await self.make_room(spec.size_bytes):
                 raise
-        return await self.fills.join(spec.key, spec.size_bytes, source, urgency, first)
+        return await self.fills.join(spec.key, spec.size_bytes, source, budget, urgency, first)
 
     async def check(self, key: Key) -> None:
         """Verify a sealed shard, and drop it where it is bad: it is fetched anew by whoever asks next.
