@@ -18,7 +18,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from shoal.errors import InvalidRequest, ShardCorrupt, ShoalError
+from shoal.errors import InvalidRequest, Overloaded, ShardCorrupt, ShoalError
 from shoal.shards import Key
 from shoal.wire import batch
 from shoal.wire.batch import ShardRange
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 #: Bytes and ranges read in one go: the memory of a batch.
 RUN_BYTES = 1 << 20
 RUN_RANGES = 512
+#: What all batches that are being answered may hold: their runs, and for each range what was looked up.
+BATCHES_BYTES = 256 << 20
+RANGE_BYTES = 1 << 10
 #: Fills that one batch has under way ahead of its reader.
 FILLS_BEGUN = 16
 
@@ -58,8 +61,14 @@ class Batches:
         self._plane = plane
         self._store = node.store
         self._served = node.counters.served_sealed_bytes
+        self.held_bytes = 0
 
     async def __call__(self, request: Request, digest: str) -> Response:
+        weight = RUN_BYTES + batch.MAX_RANGE_BYTES + RANGE_BYTES * (len(request.body) // batch.RANGE_ITEM_BYTES)
+        if self.held_bytes + weight > BATCHES_BYTES:
+            raise Overloaded(
+                f"batches hold all of {BATCHES_BYTES} bytes on this node: ask another node, or again in a moment"
+            )
         ranges = batch.decode(request.body)
         specs: dict[tuple[int, int], ShardSpec] = {}
         for each in ranges:
@@ -70,8 +79,18 @@ class Batches:
             if each.start + each.length > spec.size_bytes:
                 raise InvalidRequest(f"shard {place} has {spec.size_bytes} bytes: a range ends past them")
         length = sum(each.length for each in ranges) + batch.SUM_BYTES * len(ranges)
-        body = self._body(ranges, specs, forwarded="via" in request.headers)
+        body = self._held(weight, self._body(ranges, specs, forwarded="via" in request.headers))
         return Response(200, {"Content-Type": BINARY}, body, length=length)
+
+    async def _held(self, weight: int, body: Pieces) -> Pieces:
+        """`body`, accounted for from its first piece to its end."""
+        self.held_bytes += weight
+        try:
+            async with contextlib.aclosing(body):  # type: ignore[type-var] # an async generator
+                async for piece in body:
+                    yield piece
+        finally:
+            self.held_bytes -= weight
 
     async def _body(
         self, ranges: Sequence[ShardRange], specs: dict[tuple[int, int], ShardSpec], *, forwarded: bool

@@ -13,6 +13,7 @@ asks the next node for the rest.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from functools import partial
@@ -29,7 +30,6 @@ from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
 from shoal.wire.places import format_places
 from shoal_cachenode.fill import Fill
-from shoal_cachenode.handover import Handover
 from shoal_cachenode.library import Knowledge, ShardSpec, find_shard
 from shoal_cachenode.node import CacheNode
 from shoal_cachenode.scheduler import DiskFailed, Urgency
@@ -40,8 +40,6 @@ from shoal_cachenode.store import AlreadySealed, StoreFull
 
 log = logging.getLogger(__name__)
 
-#: Bytes that a pass-through reads ahead of what it sends: enough to keep the source busy, and a bound on memory.
-THROUGH_AHEAD_BYTES = 16 << 20
 #: Shards whose look-up is remembered; it costs as much as the rest of a small request.
 SHARDS_REMEMBERED = 1 << 16
 #: Descriptors go along for shards so near in the snapshot.
@@ -232,21 +230,10 @@ class DataPlane:
 
     async def _through(self, source: Source, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
         """Read from `source` and send, storing nothing; a bounded number of bytes ahead of the reader."""
-        pieces = Handover(THROUGH_AHEAD_BYTES)
-        step = self._node.config.part_size
-        reading = asyncio.get_running_loop().run_in_executor(
-            self._node.through_threads, pieces.fill, source, start, end, step
-        )
-        try:
+        async with contextlib.aclosing(self._node.passing.stream(source, start, end)) as pieces:
             async for piece in pieces:
                 self._node.counters.served_through_bytes.add(len(piece))
                 yield piece
-            await reading
-        finally:
-            pieces.close()
-            await asyncio.wait([reading])
-            if not reading.cancelled():
-                reading.exception()  # told to the reader, or of no use to one who left
 
     def _note(self, error: StoreFull | DiskFailed) -> None:
         if isinstance(error, DiskFailed):

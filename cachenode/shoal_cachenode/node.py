@@ -23,6 +23,7 @@ from shoal_cachenode.holdings import Holdings
 from shoal_cachenode.inventory import Inventory
 from shoal_cachenode.library import Knowledge, Library, ShardSpec
 from shoal_cachenode.origin_budget import OriginBudget, Rate
+from shoal_cachenode.passing import Passing
 from shoal_cachenode.scheduler import Urgency
 from shoal_cachenode.source import Counter, FirstThatHasIt, OriginSource, PeerSource, Source
 from shoal_cachenode.store import Store, StoreFull
@@ -32,9 +33,6 @@ log = logging.getLogger(__name__)
 #: Nodes that are asked for a shard they do not own before the origin is: after a map change they are its last owners.
 FORMER_OWNERS_ASKED = 2
 PEER_TIMEOUT_S = 20.0
-#: Reads that pass through at a time. Each has a thread as long as its reader takes, so they are not the default ones,
-#: which short work waits for: opening a file, sending from a cold one.
-THROUGH_THREADS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,7 @@ class CacheNode:
         self._room = asyncio.Lock()  # one search for room at a time: two would drop twice what is needed
         self._checks: dict[Key, asyncio.Task[None]] = {}
         self._on_knowledge: list[Callable[[], None]] = []
-        self.through_threads = ThreadPoolExecutor(THROUGH_THREADS, thread_name_prefix="through")
+        self.passing = Passing(config.part_size)
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="io"))
 
     @property
@@ -245,6 +243,6 @@ class CacheNode:
 
     async def close(self) -> None:
         await self.fills.close()
-        self.through_threads.shutdown(wait=False)
+        self.passing.close()
         self.transport.close()
         await asyncio.to_thread(self.store.close)

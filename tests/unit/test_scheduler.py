@@ -198,7 +198,7 @@ def test_readers_behind_an_origin_that_is_down_are_told_with_the_first(kind: typ
 def test_a_failure_beside_successes_concerns_itself_alone() -> None:
     async def run(scheduler: Scheduler) -> None:
         one = Dataset(scheduler, most=1)
-        one.failure, one.sick = OriginUnavailable("one object is sick"), range(0, 1)
+        one.failure, one.sick = OriginUnavailable("one object is sick"), range(1)
         fills = [one.push(DEMAND, part) for part in range(5)]
         await until(lambda: len(one.begun) == 1 and scheduler.waiting == 4)
         one.budget._succeeded(quietly=True)  # as a reader whose bytes pass through would have it
