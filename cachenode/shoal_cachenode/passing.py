@@ -2,7 +2,7 @@
 
 They are read in steps, and the next step begins when less than one of them waits to be sent. So a reader holds at most
 two steps, however slow it is, and a thread only while its source gives bytes. All readers share one bound: the more
-there are, the smaller are their steps, and whoever comes when the steps can get no smaller is told to come back.
+they hold, the smaller are the steps, and whoever comes when even the smallest find no room is told to come back.
 
 The rule: no thread ever waits for a reader.
 """
@@ -17,10 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from shoal.errors import Overloaded
 from shoal_cachenode.source import Source
 
-#: What all bytes that wait to be passed on may hold.
-PASSING_BYTES = 256 << 20
+#: What all bytes that wait to be passed on may hold. Half of it is for the smallest steps, two for each reader.
+PASSING_BYTES = 512 << 20
 #: A smaller step is not worth a request to the source.
 MIN_STEP_BYTES = 128 << 10
+#: Of what is left of the other half, a reader's next step may take so much: the first ones leave some to the next.
+_FREE_SHARE = 1 / 8
 #: Threads that read sources. They are not the default ones, which short work waits for: opening a file, sending from a
 #: cold one.
 THREADS = 64
@@ -38,16 +40,17 @@ class Passing:
     def __init__(self, part_size: int, *, limit_bytes: int = PASSING_BYTES) -> None:
         self._part_size = part_size
         self._limit_bytes = limit_bytes
-        self._most = max(1, limit_bytes // (_STEPS_HELD * min(MIN_STEP_BYTES, part_size)))
+        self._most = max(1, limit_bytes // 2 // (_STEPS_HELD * min(MIN_STEP_BYTES, part_size)))
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="through")
         self.readers = 0
+        #: Bytes that wait to be sent or are being read.
         self.held_bytes = 0
 
     @property
     def step_bytes(self) -> int:
         """Bytes that a reader asks its source for next, as things stand."""
-        share = self._limit_bytes // (_STEPS_HELD * max(1, self.readers))
-        return min(self._part_size, max(MIN_STEP_BYTES, share))
+        free = self._limit_bytes // 2 - self.held_bytes
+        return min(self._part_size, max(MIN_STEP_BYTES, int(free * _FREE_SHARE)))
 
     async def stream(self, source: Source, start: int, end: int) -> AsyncGenerator[bytes, None]:
         """Bytes [start, end) of `source` as they come.
@@ -72,10 +75,11 @@ class Passing:
                     reading = None
                 if reading is None or reading.done():
                     step = self.step_bytes
-                    if start < end and pieces.waiting_bytes < step and (reading is None or not reading.exception()):
+                    if start < end and pieces.held_bytes < step and (reading is None or not reading.exception()):
                         stop = min(end, (start // self._part_size + 1) * self._part_size, start + step)
                         reading = loop.run_in_executor(self._threads, source.stream, start, stop, pieces.put)
                         reading.add_done_callback(pieces.tell)
+                        pieces.hold(stop - start)
                         start = stop
                     elif not pieces.waiting:
                         return
@@ -109,19 +113,21 @@ class _Pieces:
         self._news = asyncio.Event()
         self._is_abandoned = False
         self.waiting: deque[bytes] = deque()
-        self.waiting_bytes = 0
+        self.held_bytes = 0
+
+    def hold(self, size_bytes: int) -> None:
+        """So many bytes are asked for: they count from now until they are taken. Negative: they are here no more."""
+        self.held_bytes += size_bytes
+        self._passing.held_bytes += size_bytes
 
     def put(self, data: memoryview) -> None:
         """In a thread: hand over a copy, since a source's view is valid only during the call."""
         if self._is_abandoned:
             raise _Abandoned
-        piece = bytes(data)
-        self._loop.call_soon_threadsafe(self._arrived, piece)
+        self._loop.call_soon_threadsafe(self._arrived, bytes(data))
 
     def _arrived(self, piece: bytes) -> None:
         self.waiting.append(piece)
-        self.waiting_bytes += len(piece)
-        self._passing.held_bytes += len(piece)
         self._news.set()
 
     def tell(self, _: object) -> None:
@@ -129,8 +135,7 @@ class _Pieces:
 
     def take(self) -> bytes:
         piece = self.waiting.popleft()
-        self.waiting_bytes -= len(piece)
-        self._passing.held_bytes -= len(piece)
+        self.hold(-len(piece))
         return piece
 
     async def news(self) -> None:
@@ -142,5 +147,5 @@ class _Pieces:
         self._is_abandoned = True
 
     def drop(self) -> None:
-        while self.waiting:
-            self.take()
+        self.waiting.clear()
+        self.hold(-self.held_bytes)

@@ -87,24 +87,27 @@ def test_a_reader_that_stops_holds_two_steps_and_no_thread(monkeypatch: pytest.M
     run(scenario)
 
 
-def test_the_more_readers_the_smaller_the_steps_and_then_the_next_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_more_is_held_the_smaller_the_steps_and_then_the_next_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passing, "MIN_STEP_BYTES", 64)
 
     async def scenario(node: Passing) -> None:
         assert node.step_bytes == PART
-        slow = [node.stream(Recorded(), 0, len(DATA)) for _ in range(32)]
+        slow = [node.stream(Recorded(), 0, len(DATA)) for _ in range(64)]
+        steps = []
         for stream in slow:
             await anext(stream)
-        assert node.step_bytes == 64
-        assert node.held_bytes <= 4096
-        with pytest.raises(Overloaded, match="32 readers have bytes pass through"):
+            steps.append(node.step_bytes)
+        assert steps == sorted(steps, reverse=True) and steps[-1] == 64
+        await asyncio.sleep(0.05)
+        assert node.held_bytes <= 16384
+        with pytest.raises(Overloaded, match="64 readers have bytes pass through"):
             await collected(node, Recorded(), 0, 1)
         await slow.pop().aclose()
         assert await collected(node, Recorded(), 0, len(DATA)) == DATA
         for stream in slow:
             await stream.aclose()
 
-    run(scenario, limit_bytes=4096)
+    run(scenario, limit_bytes=16384)
 
 
 def test_a_reader_that_leaves_ends_the_reading() -> None:
