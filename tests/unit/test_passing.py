@@ -97,7 +97,7 @@ def test_the_more_is_held_the_smaller_the_steps_and_then_the_next_is_refused(mon
         for stream in slow:
             await anext(stream)
             steps.append(node.step_bytes)
-        assert steps == sorted(steps, reverse=True) and steps[-1] == 64
+        assert steps == sorted(steps, reverse=True) and steps[0] == PART and steps[-1] < 150
         await asyncio.sleep(0.05)
         assert node.held_bytes <= 16384
         with pytest.raises(Overloaded, match="64 readers have bytes pass through"):
