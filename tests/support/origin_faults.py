@@ -1,7 +1,7 @@
 """An HTTP proxy in front of an origin that answers some requests as an origin in trouble does.
 
-It understands requests and answers, where the fault proxy for nodes (`tests.support.proxy`) carries bytes: trouble of an
-object store is an answer too, such as ``503 SlowDown``, or a body that ends early at the right status.
+It understands requests and answers, where the fault proxy for nodes (`tests.support.proxy`) carries bytes: the trouble
+of an object store is an answer too, such as ``503 SlowDown``, or a body that ends early at the right status.
 """
 
 from __future__ import annotations
