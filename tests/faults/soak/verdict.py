@@ -64,13 +64,13 @@ def explanation(word: Mapping[str, Any], facts: Facts) -> str:
         return next((str(window.kind) for window in found), "")
 
     match word["error"], word["way"]:
-        case "OriginUnavailable", _ if not word["held"]:
+        case "OriginUnavailable", _ if not word.get("held"):
             return during(ORIGIN_KINDS)
         case "OriginChanged", _:
-            was_replaced = any(at <= end and version > word["version"] for at, version in facts.replaced[word["path"]])
+            was_replaced = any(at <= end and version > word["version"] for at, version in facts.replaced.get(word.get("path", ""), ()))
             return "the object was replaced" if was_replaced else ""
         case "NotFound" | "SnapshotNotFound" | "DatasetNotFound", _:
-            _, until = facts.served.get(word["snapshot"], (0.0, float("inf")))
+            _, until = facts.served.get(word.get("snapshot", ""), (0.0, float("inf")))
             return "the snapshot is served no more" if until <= end else ""
         case "ClusterUnavailable", "connect":
             return during(CONTROLLER_KINDS)
