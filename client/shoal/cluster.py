@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from shoal.cluster_map import ClusterMap, NodeState
+from shoal import shard_client
+from shoal.cluster_map import ClusterMap, Node, NodeState
 from shoal.connection import Answer
 from shoal.datasets import DatasetRecord
 from shoal.errors import ClusterUnavailable, InvalidRequest, NotFound, ShardCorrupt, Unavailable
@@ -28,6 +29,7 @@ from shoal.local import LocalNode
 from shoal.placement import Placement
 from shoal.snapshot import Snapshot
 from shoal.transport import Transport
+from shoal.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,19 @@ class Cluster:
             self.refresh_map()
         return self._map
 
+    def address_of(self, node: Node) -> str:
+        """Where this process asks a node: the local one at its socket."""
+        local = self.local
+        return node.address if local is None or node.id != local.node_id else local.address
+
+    def avoiding(self, asked: str) -> dict[str, str]:
+        """The header that tells the node at `asked` which others do not answer this process; mostly none."""
+        health = self.transport.health
+        if not health.has_open:
+            return {}
+        others = ((node.id, self.address_of(node)) for node in self._map.nodes)
+        return shard_client.avoiding(node for node, address in others if address != asked and health.is_open(address))
+
     def note_epoch(self, epoch: int) -> None:
         """Remember that somebody has a map of this epoch."""
         if epoch > self._known_epoch:
@@ -125,26 +140,36 @@ class Cluster:
     def ask(self, target: str) -> Answer:
         """GET a resource that every process of the cluster can answer: the local node first, then the endpoint.
 
+        An address that is silent is passed over at once; where all are, each is waited for in turn.
+
         Raises:
             ClusterUnavailable: nobody answers.
             ShoalError: what the one that answers says.
         """
-        local = [self.local.address] if self.local is not None else []
+        addresses = self._anybody()
         failure: Unavailable | None = None
-        for address in dict.fromkeys([*local, *filter(None, [self._endpoint]), *self._node_addresses()]):
-            try:
-                answer = self.transport.get(address, target)
-            except Unavailable as error:
-                failure = failure or error
-                continue
-            except NotFound as error:
-                answer = self._second_opinion(address, target, error)
-            self.note_epoch(answer.epoch)
-            return answer
+        for is_hasty in (True, False):
+            for address in addresses:
+                watch = Watch(self.transport, address, is_hasty=is_hasty)
+                try:
+                    answer = self.transport.get(address, target, watch=watch, is_hasty=is_hasty)
+                except Unavailable as error:
+                    failure = failure or error
+                    continue
+                except NotFound as error:
+                    answer = self._second_opinion(address, target, error)
+                self.note_epoch(answer.epoch)
+                return answer
         raise ClusterUnavailable(
             f"no Shoal cluster answers at {self._endpoint or 'the local socket'}: {failure}; check SHOAL_ENDPOINT (or "
             "storage_options 'endpoint') and that the cluster runs"
         ) from failure
+
+    def _anybody(self) -> list[str]:
+        """Addresses of all processes of the cluster: the local node, the endpoint, the others; who fails comes last."""
+        local = [self.local.address] if self.local is not None else []
+        addresses = dict.fromkeys([*local, *filter(None, [self._endpoint]), *self._node_addresses()])
+        return sorted(addresses, key=self.transport.health.is_open)
 
     def _second_opinion(self, address: str, target: str, error: NotFound) -> Answer:
         """The controller's answer: a node that says "not found" may not have heard yet. Raises `error` or its own."""
