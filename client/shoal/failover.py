@@ -223,6 +223,8 @@ class PieceRead:
         """What the node asked should know: whom to avoid, and how long it is waited for."""
         hints = self._cluster.avoiding(self._address(node))
         left_s = self._until - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineExceeded(f"no time was left to ask node {node.id}")
         if left_s < READ_TIMEOUT_S:
             hints[shard_client.TIMEOUT] = f"{left_s:.3f}"
         return hints

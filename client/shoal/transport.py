@@ -102,8 +102,12 @@ class Transport:
         self._idle: dict[str, list[Connection]] = defaultdict(list)
 
     def close(self) -> None:
-        """Close idle connections; those in use close when they are done."""
+        """Close idle connections, and probe no more; connections in use close when they are done."""
         self.is_closed = True
+        self.drop_idle()
+
+    def drop_idle(self) -> None:
+        """Close idle connections."""
         with self._lock:
             idle, self._idle = self._idle, defaultdict(list)
         for connections in idle.values():
@@ -128,8 +132,8 @@ class Transport:
         Args:
             method, content: GET without a body, unless the resource wants it otherwise.
             make_view, make_check: where the body goes and how it is checked; see `Connection.receive`.
-            watch: decides how long a silence is waited for; None: until the address is grey beyond doubt.
-            is_hasty: see `begin`.
+            watch: decides how long a silence is waited for; None: one that `is_hasty` or not.
+            is_hasty: give up at the first sign of trouble, because another address will do as well.
 
         Raises:
             Interrupted: the connection failed in the middle; the first `received` bytes are in the view.
@@ -139,7 +143,7 @@ class Transport:
             ShardCorrupt: the body does not match its checksums.
             ShoalError: the class the server named.
         """
-        watch = watch or Watch(self, address)
+        watch = watch or Watch(self, address, is_hasty=is_hasty)
         pending = self.begin(address, target, headers, method=method, content=content, watch=watch, is_hasty=is_hasty)
         return self.finish(pending, make_view, make_check, watch)
 
@@ -221,9 +225,12 @@ class Transport:
                 raise http_errors.from_response(answer.status, name, answer.body.decode("utf-8", "replace"))
             return answer
 
-    def read_into(self, address: str, target: str, start: int, end: int, view: memoryview) -> Answer:
+    def read_into(
+        self, address: str, target: str, start: int, end: int, view: memoryview, *, is_hasty: bool = False
+    ) -> Answer:
         """Receive bytes [start, end) of a resource into `view`, which has just that length. Raises as `get`."""
-        return self.get(address, target, {"Range": f"bytes={start}-{end - 1}"}, make_view=lambda: view)
+        headers = {"Range": f"bytes={start}-{end - 1}"}
+        return self.get(address, target, headers, make_view=lambda: view, is_hasty=is_hasty)
 
     def knock(self, address: str, target: str, *, fresh: bool = False) -> Connection:
         """Send a GET and hand over the connection, whose answer the caller looks at and which it closes.
