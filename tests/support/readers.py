@@ -10,9 +10,11 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +23,10 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
+from shoal.cli.control import Control
 from shoal.devcluster import DevCluster
 from shoal.filesystem import ShoalFileSystem
+from shoal.maps import Maps
 from tests.support.processes import Child, Say
 from tests.support.waiting import wait_for
 
@@ -106,6 +110,8 @@ class Readers:
             local=self._node is not None,
             skip_instance_cache=True,
         )
+        if fs.cluster.local is not None:
+            fs.cluster.local.maps = Maps(limit=1)  # what is mapped needs no node: let nearly every read need one
         draw = random.Random(seed)
         paths = sorted(self._objects)
         for path in paths:
@@ -167,7 +173,7 @@ def gauge(fs: ShoalFileSystem, address: str, name: str) -> float:
     return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{name} ")))
 
 
-def report(name: str, **figures: Stalls | float) -> None:
+def report(name: str, **figures: Stalls | float | list[int]) -> None:
     """Print figures, and keep them in the directory ``SHOAL_FAULT_RESULTS`` where that is set."""
     told = {key: asdict(value) if isinstance(value, Stalls) else value for key, value in figures.items()}
     print(name, json.dumps(told))
@@ -175,3 +181,81 @@ def report(name: str, **figures: Stalls | float) -> None:
     if directory:
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+#: Nothing of this takes so long; a read that does hangs.
+SANE_S = 20.0
+OBJECT_BYTES = 2 << 20
+#: Reads count as those during the harm from it on, for so long: the controller's lease ends after 5 s.
+DURING_S = 3.0
+BETWEEN_S = 1.0
+
+Harm = Callable[[DevCluster, int], None]
+"""Does something to one node."""
+
+
+def harm_under_readers(
+    directory: Path,
+    name: str,
+    harm: Harm,
+    heal: Harm,
+    *,
+    replicas: int,
+    times: int = 1,
+    local_node: int | None = None,
+    is_used_again: bool = False,
+) -> None:
+    """Three warm nodes and eight readers; `harm` a node, `heal` it `DURING_S` later, `times` over, each node in turn.
+
+    Asserts that no read failed or gave a wrong byte, and that none hung. Reports how long reads took.
+
+    Args:
+        local_node: as `Readers` has it.
+        is_used_again: assert that readers take bytes from the first harmed node after it was healed.
+    """
+    objects = {f"{n}.bin": random.Random(n).randbytes(OBJECT_BYTES - 1000 * n) for n in range(24)}
+    (directory / "origin").mkdir()
+    for path, data in objects.items():
+        (directory / "origin" / path).write_bytes(data)
+    with DevCluster(nodes=3, data_dir=directory / "cluster", capacity="1GiB") as cluster:
+        with Control(cluster.controller_grpc) as control:
+            origin = f"file://{directory}/origin"
+            control.add_dataset("set", origin, shard_size=0, replicas=replicas, storage_options="{}")
+        warm(cluster, objects, replicas)
+        harmed_at: list[float] = []
+        with Readers(cluster, objects, node=local_node) as readers:
+            time.sleep(BETWEEN_S)
+            for number in range(times):
+                node = number % 3 if local_node is None else local_node
+                harmed_at.append(time.monotonic())
+                harm(cluster, node)
+                time.sleep(DURING_S)
+                heal(cluster, node)
+                if is_used_again and not number:
+                    sent = served(cluster, node)
+                    wait_for(lambda node=node, sent=sent: served(cluster, node) > sent + OBJECT_BYTES)  # type: ignore[misc]
+                time.sleep(BETWEEN_S)
+            heard = readers.stop()
+    errors = [error for each in heard for error in each.errors]
+    assert not errors, errors[0]
+    assert sum(each.wrong for each in heard) == 0
+    assert all(each.reads for each in heard)
+    before = Stalls.of(within(heard, 0.0, harmed_at[0] - 0.01))
+    during = [within(heard, at, at + DURING_S) for at in harmed_at]
+    worst = [max(read.seconds for read in reads) * 1000 for reads in during]
+    report(
+        f"{name}-replicas-{replicas}",
+        times=times,
+        before=before,
+        during=Stalls.of([read for reads in during for read in reads]),
+        worst_ms=sorted(round(each) for each in worst),
+    )
+    assert max(worst) < SANE_S * 1000
+
+
+def served(cluster: DevCluster, node: int) -> float:
+    """Bytes that a node has sent to readers from sealed files."""
+    with urllib.request.urlopen(f"{cluster.node_endpoints[node]}/metrics", timeout=SANE_S) as answer:
+        text = answer.read().decode()
+    (value,) = re.findall(r'^shoal_node_served_bytes_total{from="sealed"} (\S+)$', text, re.MULTILINE)
+    return float(value)
