@@ -179,6 +179,7 @@ class Transport:
                 continue  # the server had closed a kept connection: nothing was asked yet, so ask again
             except BaseException as error:
                 connection.close()
+                watch.end()
                 if isinstance(error, OSError) and not isinstance(error, ShoalError):
                     self.suspect(address)
                     raise NodeUnavailable(f"{address} takes no request: {error}") from error
@@ -192,8 +193,16 @@ class Transport:
         watch: Watch | None = None,
     ) -> Answer:
         """Receive the answer to what `begin` sent. Arguments and errors are those of `get`."""
+        watch = watch or Watch(self, pending.address)
+        try:
+            return self._finish(pending, make_view, make_check, watch)
+        finally:
+            watch.end()
+
+    def _finish(
+        self, pending: Pending, make_view: MakeView | None, make_check: MakeCheck | None, watch: Watch
+    ) -> Answer:
         address, method = pending.address, pending.method
-        watch = watch or Watch(self, address)
         while True:
             connection = pending.connection
             try:

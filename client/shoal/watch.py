@@ -19,7 +19,7 @@ import math
 import select
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from shoal import liveness
 from shoal.connection import Connection, Interrupted
@@ -59,7 +59,7 @@ class Watch:
         is_hasty: others can be asked instead, so that the first sign of trouble is enough.
     """
 
-    __slots__ = ("_address", "_hedges", "_is_hasty", "_transport", "until")
+    __slots__ = ("_address", "_hedges", "_is_hasty", "_pulse", "_transport", "until")
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class Watch:
         self._address = address
         self._hedges = hedges
         self._is_hasty = is_hasty
+        self._pulse: _Pulse | None = None
         self.until = until
 
     def expired(self) -> DeadlineExceeded:
@@ -90,8 +91,9 @@ class Watch:
         reason = self._transport.health.reason(self._address)
         if reason and self._is_hasty:  # another thread has just found out
             raise Interrupted(f"{self._address} is silent: {reason}", good)
-        probe_s = HASTY_S if self._is_hasty else PATIENT_S
-        vigil = _Vigil(self._transport, self._address, connection, good, probe_s)
+        if self._pulse is None:
+            self._pulse = _Pulse(self._transport, self._address, HASTY_S if self._is_hasty else PATIENT_S)
+        vigil = _Vigil(self._transport, self._address, connection, good, self._pulse)
         try:
             vigil.keep(self.until, self._hedges(good) if self._hedges is not None else iter(()))
         except TimeoutError as error:
@@ -99,36 +101,77 @@ class Watch:
         finally:
             vigil.end()
 
+    def end(self) -> None:
+        """The request is over."""
+        if self._pulse is not None:
+            self._pulse.end()
+
+
+class _Pulse:
+    """Probes of one address during one request.
+
+    A probe that is not answered yet outlives the silence in which it was sent: the kernel of a stopped process may yet
+    send what it has, up to 200 ms late where it waits to fill a packet, and that is no sign of life.
+    """
+
+    def __init__(self, transport: Transport, address: str, patience_s: float) -> None:
+        self._transport = transport
+        self._address = address
+        self._patience_s = patience_s
+        self._waited_s = 0.0
+        self._again_in_s = 0.0
+        self.probe: Probe | None = None
+
+    def begin(self) -> str:
+        """Send a probe where one is due; "", or why it cannot be sent."""
+        if self.probe is None and self._again_in_s <= 0:
+            try:
+                self.probe, self._waited_s = Probe(self._transport, self._address), 0.0
+            except ShoalError as error:
+                return str(error)
+        return ""
+
+    def passed(self, seconds: float, *, is_answered: bool) -> str:
+        """So much time went by; "", or what is wrong with the address."""
+        if self.probe is None:
+            self._again_in_s -= seconds
+            return ""
+        self._waited_s += seconds
+        verdict = self.probe.verdict() if is_answered else None
+        if verdict is None:
+            return liveness.silence(self._patience_s) if self._waited_s >= self._patience_s else ""
+        self.end()
+        self._again_in_s = PROBE_AGAIN_S
+        return verdict
+
+    def end(self) -> None:
+        if self.probe is not None:
+            self.probe.close()
+            self.probe = None
+
 
 class _Vigil:
     """One silence, and what is polled during it."""
 
-    def __init__(self, transport: Transport, address: str, connection: Connection, good: int, probe_s: float) -> None:
+    def __init__(self, transport: Transport, address: str, connection: Connection, good: int, pulse: _Pulse) -> None:
         self._transport = transport
         self._address = address
         self._connection = connection
         self._good = good
-        self._probe_s = probe_s
-        self._probe: Probe | None = None
+        self._pulse = pulse
         self._hedge: Pending | None = None
 
     def end(self) -> None:
-        """Close whatever lost."""
-        for loser in (self._probe, self._hedge):
-            if loser is not None:
-                loser.close()
+        """Close the hedge that lost."""
+        if self._hedge is not None:
+            self._hedge.close()
 
     def keep(self, until: float, others: Iterator[Pending]) -> None:
         """Wait until there is something to read. Raises as `Watch.silent`, TimeoutError at `until`."""
-        awake, silent_s, probing_s = Awake(), 0.0, 0.0
-        probe_at_s = 0.0
+        awake, silent_s = Awake(), 0.0
         self._hedge = next(others, None)
         while silent_s < self._transport.read_timeout_s:
-            if self._probe is None and silent_s >= probe_at_s:
-                try:
-                    self._probe, probing_s = Probe(self._transport, self._address), 0.0
-                except ShoalError as error:
-                    self._give_up(str(error))
+            self._heed(self._pulse.begin())
             left_s = until - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError
@@ -140,22 +183,13 @@ class _Vigil:
                 self._hedge = next(others, None)
             passed_s = awake.passed(SLICE_S)
             silent_s += passed_s
-            if self._probe is None:
-                continue
-            probing_s += passed_s
-            verdict = self._probe.verdict() if self._probe.fileno() in ready else None
-            if verdict is None and probing_s >= self._probe_s:
-                verdict = liveness.silence(self._probe_s)
-            if verdict:
-                self._give_up(verdict)
-            if verdict is not None:
-                self._probe.close()
-                self._probe, probe_at_s = None, silent_s + PROBE_AGAIN_S
+            probe = self._pulse.probe
+            self._heed(self._pulse.passed(passed_s, is_answered=probe is not None and probe.fileno() in ready))
         raise Interrupted(f"{self._address} was silent for {silent_s:.0f} s", self._good)
 
     def _ready(self, timeout_s: float) -> set[int]:
         poll = select.poll()
-        for each in (self._connection, self._probe, self._hedge):
+        for each in (self._connection, self._pulse.probe, self._hedge):
             if each is not None:
                 poll.register(each.fileno(), select.POLLIN)
         return {number for number, _ in poll.poll(max(1, int(timeout_s * 1000)))}
@@ -166,11 +200,12 @@ class _Vigil:
             hedge.close()
             return
         self._hedge = None
-        if self._probe is not None:
+        if self._pulse.probe is not None:
             self._transport.suspect(self._address)  # nobody waits for the verdict now, but the next reader needs it
         log.info("%s is silent, another node has the bytes", self._address)
         raise Superseded(hedge, self._good)
 
-    def _give_up(self, verdict: str) -> NoReturn:
-        self._transport.failed(self._address, verdict)
-        raise Interrupted(f"{self._address} is silent: {verdict}", self._good)
+    def _heed(self, verdict: str) -> None:
+        if verdict:
+            self._transport.failed(self._address, verdict)
+            raise Interrupted(f"{self._address} is silent: {verdict}", self._good)
