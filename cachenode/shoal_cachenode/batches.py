@@ -24,7 +24,7 @@ from shoal.wire import batch
 from shoal.wire.batch import ShardRange
 from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
-from shoal_cachenode.data_plane import BINARY, DataPlane
+from shoal_cachenode.data_plane import BINARY, Asker, DataPlane
 from shoal_cachenode.fill import DiskFailed
 from shoal_cachenode.library import ShardSpec
 from shoal_cachenode.node import CacheNode
@@ -70,13 +70,13 @@ class Batches:
             if each.start + each.length > spec.size_bytes:
                 raise InvalidRequest(f"shard {place} has {spec.size_bytes} bytes: a range ends past them")
         length = sum(each.length for each in ranges) + batch.SUM_BYTES * len(ranges)
-        body = self._body(ranges, specs, forwarded="via" in request.headers)
+        body = self._body(ranges, specs, Asker.of(request))
         return Response(200, {"Content-Type": BINARY}, body, length=length)
 
     async def _body(
-        self, ranges: Sequence[ShardRange], specs: dict[tuple[int, int], ShardSpec], *, forwarded: bool
+        self, ranges: Sequence[ShardRange], specs: dict[tuple[int, int], ShardSpec], asker: Asker
     ) -> Pieces:
-        fills = asyncio.create_task(self._begin_fills(list(specs.values())))
+        fills = asyncio.create_task(self._begin_fills(list(specs.values()), asker))
         sums: list[int] = []
         run: list[_Read] = []
         run_bytes = 0
@@ -93,7 +93,7 @@ class Batches:
                     yield data
                     sums += known
                 if not is_sealed:
-                    async for piece in self._unsealed(spec, each, forwarded=forwarded):
+                    async for piece in self._unsealed(spec, each, asker):
                         yield piece
                     sums.append(_sum_of(each.start, each.length, self._plane.known(spec.key)))
             if run:
@@ -105,10 +105,10 @@ class Batches:
             fills.cancel()
             await asyncio.gather(fills, return_exceptions=True)  # what failed there failed here too, or was not needed
 
-    async def _unsealed(self, spec: ShardSpec, each: ShardRange, *, forwarded: bool) -> Pieces:
+    async def _unsealed(self, spec: ShardSpec, each: ShardRange, asker: Asker) -> Pieces:
         wanted = ByteRange(each.start, each.start + each.length, True)
         try:
-            body = await self._plane.unsealed(spec, wanted, forwarded=forwarded)
+            body = await self._plane.unsealed(spec, wanted, asker)
         except AlreadySealed:
             data, _ = await asyncio.to_thread(self._read, [_Read(spec.key, each.start, each.length)])
             yield data
@@ -137,14 +137,14 @@ class Batches:
         self._served.add(sum(map(len, found)))
         return b"".join(found), sums
 
-    async def _begin_fills(self, specs: Sequence[ShardSpec]) -> None:
+    async def _begin_fills(self, specs: Sequence[ShardSpec], asker: Asker) -> None:
         """Begin what this node is to fill for the batch, some at a time; a failure shows again where it is read."""
         waiting = iter(specs)
 
         async def begin() -> None:
             for spec in waiting:
                 try:
-                    fill = await self._plane.begin_fill(spec)
+                    fill = await self._plane.begin_fill(spec, asker)
                     if fill is not None:  # one after the other: each holds a reservation and a file until its seal
                         await asyncio.wait([fill.sealed])
                 except (ShoalError, StoreFull, DiskFailed, AlreadySealed) as error:
