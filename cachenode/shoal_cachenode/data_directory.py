@@ -64,7 +64,8 @@ class DataDirectory:
         try:
             for directory in directories:
                 directory.mkdir(parents=True, exist_ok=True)
-            lock_fd = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # Not for writing: a file system with files open for that cannot be remounted read-only.
+            lock_fd = os.open(self._directory / "lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StoreUnusable(
                 f"cannot use {self._directory} as data directory: {error.strerror}; give --data-dir a directory that "

@@ -77,6 +77,7 @@ class MiniCluster:
         directory: of the nodes' data; a second cluster over the same one is a restart.
         part_size, shard_size: bytes.
         capacity_bytes: of each node.
+        settings: more of each node's `Config`.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class MiniCluster:
         shard_size: int = 4096,
         replicas: int = 1,
         capacity_bytes: int = 1 << 30,
+        **settings: Any,
     ) -> None:
         self.origin = DictOrigin(objects)
         self.directory = directory
@@ -110,7 +112,9 @@ class MiniCluster:
         self.nodes: list[CacheNode] = []
         self.servers: list[HttpServer] = []
         configs = [
-            Config(directory / f"node{i}", capacity_bytes, {"host": f"h{i}"}, fetches=4, part_size=part_size)
+            Config(
+                directory / f"node{i}", capacity_bytes, {"host": f"h{i}"}, fetches=4, part_size=part_size, **settings
+            )
             for i in range(nodes)
         ]
         for config in configs:

@@ -62,13 +62,13 @@ def test_order_of_the_steps() -> None:
 
 
 def test_idle_datasets_go_whole_the_longest_unused_first() -> None:
-    found = drops(dataset("b", range(0, 4), used=30), dataset("c", range(4, 8), used=10), dataset("a", range(8, 12)))
+    found = drops(dataset("b", range(4), used=30), dataset("c", range(4, 8), used=10), dataset("a", range(8, 12)))
     assert places(found) == [8, 9, 10, 11, 4, 5, 6, 7, 0, 1, 2, 3]
 
 
 def test_live_and_pinned_datasets_and_the_asker_keep_everything() -> None:
     holdings = (
-        dataset("live", range(0, 4), live=True),
+        dataset("live", range(4), live=True),
         dataset("pinned", range(4, 8), surplus=[5], pinned=True),
         dataset("asker", range(8, 12)),
     )
@@ -77,13 +77,13 @@ def test_live_and_pinned_datasets_and_the_asker_keep_everything() -> None:
 
 
 def test_what_is_filling_stays_whoever_names_it() -> None:
-    assert places(drops(dataset("idle", range(0, 3)), filling=mask([1, 11]))) == [*range(3, 11), 0, 2]
+    assert places(drops(dataset("idle", range(3)), filling=mask([1, 11]))) == [*range(3, 11), 0, 2]
 
 
 def test_shared_shard_is_kept_as_long_as_one_dataset_keeps_it() -> None:
-    found = drops(dataset("idle", range(0, 6)), dataset("live", range(3, 12), live=True))
+    found = drops(dataset("idle", range(6)), dataset("live", range(3, 12), live=True))
     assert places(found) == [0, 1, 2]
-    found = drops(dataset("older", range(0, 6), used=1), dataset("newer", range(3, 12), used=2))
+    found = drops(dataset("older", range(6), used=1), dataset("newer", range(3, 12), used=2))
     assert places(found) == [0, 1, 2, *range(3, 12)], "it goes with the one that was used last"
     found = drops(dataset("surplus here", [0], surplus=[0], live=True), dataset("owned here", range(12), live=True))
     assert found == []
