@@ -83,6 +83,7 @@ class MiniCluster:
         part_size, shard_size: bytes.
         capacity_bytes: of each node.
         versions: of the objects, and `origin_url`: where a client finds them too, when no node answers and `direct`.
+        settings: more of each node's `Config`.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class MiniCluster:
         versions: Mapping[str, str] | None = None,
         origin_url: str = DictOrigin.url,
         direct: bool = False,
+        **settings: Any,
     ) -> None:
         self.origin = DictOrigin(objects, versions)
         self._origin_url, self._direct = origin_url, direct
@@ -121,7 +123,9 @@ class MiniCluster:
         self.nodes: list[CacheNode] = []
         self.servers: list[HttpServer] = []
         self._configs = [
-            Config(directory / f"node{i}", capacity_bytes, {"host": f"h{i}"}, fetches=4, part_size=part_size)
+            Config(
+                directory / f"node{i}", capacity_bytes, {"host": f"h{i}"}, fetches=4, part_size=part_size, **settings
+            )
             for i in range(nodes)
         ]
         for index in range(nodes):
