@@ -21,6 +21,7 @@ from shoal.errors import (
 from shoal.origin import Deadlines, Origin, base, open_origin
 from shoal.origin.objectstore import ObjectStoreOrigin
 from shoal.origin.patient import PatientOrigin
+from shoal.origin.patient import PatientOrigin
 from shoal.origin.s3fs_reader import S3fsOrigin
 from tests.support.origin_contract import OriginContract, content, rows, streamed
 from tests.support.proxy import CountingProxy
@@ -90,7 +91,9 @@ def opened(place: Prefix, **changes: Any) -> Origin:
 
 def test_each_reader_is_the_one_asked_for(place: Prefix) -> None:
     wanted = ObjectStoreOrigin if place.options["reader"] == "obstore" else S3fsOrigin
-    assert isinstance(opened(place), wanted)
+    found = opened(place)
+    assert isinstance(found, PatientOrigin)
+    assert isinstance(found.inner, wanted)
 
 
 def test_both_readers_list_the_same(obstore_place: Prefix) -> None:
