@@ -65,7 +65,6 @@ class Watch:
         self,
         transport: Transport,
         address: str,
-        *,
         until: float = math.inf,
         hedges: Hedges | None = None,
         is_hasty: bool = False,
