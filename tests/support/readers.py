@@ -188,7 +188,7 @@ def report(name: str, **figures: Stalls | float | list[int]) -> None:
 #: Nothing of this takes so long; a read that does hangs.
 SANE_S = 20.0
 OBJECT_BYTES = 2 << 20
-#: Reads count as those during the harm from it on, for so long; and as calm ones for as long before it, which is what the
+#: Reads count as those during the harm from it on, for so long; as calm ones for as long before it: that is what the
 #: machine does to eight readers by itself.
 DURING_S = 2.0
 #: Between the healing and the calm before the next harm.
