@@ -111,12 +111,8 @@ class MiniCluster:
         self.snapshot = Snapshot.open(path)
         self.nodes: list[CacheNode] = []
         self.servers: list[HttpServer] = []
-        configs = [
-            Config(
-                directory / f"node{i}", capacity_bytes, {"host": f"h{i}"}, fetches=4, part_size=part_size, **settings
-            )
-            for i in range(nodes)
-        ]
+        settings = {"fetches": 4, "part_size": part_size, "scrub_rate": 0} | settings  # no read that no test asked for
+        configs = [Config(directory / f"node{i}", capacity_bytes, {"host": f"h{i}"}, **settings) for i in range(nodes)]
         for config in configs:
             self.run(self._start(config, path))
         self.epoch = 0
