@@ -170,6 +170,7 @@ class Disk:
                 next_trial = self._loop.time() + self._retry_s
                 # Not awaited here: this watches over the trial too.
                 self._trial = self._loop.run_in_executor(self._threads, self._try)
+                self._trial.add_done_callback(lambda trial: trial.cancelled() or trial.exception())
 
     def _begin_stall(self, oldest_s: float) -> None:
         if self._stalls.done():

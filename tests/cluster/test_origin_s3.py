@@ -21,7 +21,6 @@ from shoal.errors import (
 from shoal.origin import Deadlines, Origin, base, open_origin
 from shoal.origin.objectstore import ObjectStoreOrigin
 from shoal.origin.patient import PatientOrigin
-from shoal.origin.patient import PatientOrigin
 from shoal.origin.s3fs_reader import S3fsOrigin
 from tests.support.origin_contract import OriginContract, content, rows, streamed
 from tests.support.proxy import CountingProxy
