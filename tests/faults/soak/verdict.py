@@ -67,7 +67,9 @@ def explanation(word: Mapping[str, Any], facts: Facts) -> str:
         case "OriginUnavailable", _ if not word.get("held"):
             return during(ORIGIN_KINDS)
         case "OriginChanged", _:
-            was_replaced = any(at <= end and version > word["version"] for at, version in facts.replaced.get(word.get("path", ""), ()))
+            was_replaced = any(
+                at <= end and version > word["version"] for at, version in facts.replaced.get(word.get("path", ""), ())
+            )
             return "the object was replaced" if was_replaced else ""
         case "NotFound" | "SnapshotNotFound" | "DatasetNotFound", _:
             _, until = facts.served.get(word.get("snapshot", ""), (0.0, float("inf")))
