@@ -37,10 +37,11 @@ class PartWriter:
         """Append bytes. Raises OSError as the disk does."""
         assert self.written + len(data) <= self._length, "a part has its length"
         self._hasher.update(data)
-        while data:
-            count = os.pwrite(self._partial.fd, data, self._start + self.written)
-            self.written += count
-            data = data[count:]
+        with self._partial.timed:
+            while data:
+                count = os.pwrite(self._partial.fd, data, self._start + self.written)
+                self.written += count
+                data = data[count:]
 
     def finish(self) -> None:
         """Note the part as present. Raises OSError as the disk does."""
@@ -60,6 +61,7 @@ class PartialFile:
         self._path = path
         self._lock = threading.Lock()  # guards _seal_claimed, _file, header.checksums and the attribute like them
         self._seal_claimed = False
+        self.timed = store.operations.timed
 
     @property
     def fd(self) -> int:
@@ -81,10 +83,11 @@ class PartialFile:
         with self._lock:
             if self._file is not None:
                 return
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            with self.timed:
+                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             try:
                 os.ftruncate(fd, self.header.size_bytes)
-                os.setxattr(fd, XATTR, self.header.encode())
+                os.setxattr(fd, XATTR, self.header.encode(self.key))
             except BaseException:
                 os.close(fd)
                 raise
@@ -107,9 +110,9 @@ class PartialFile:
 
     def note_part(self, part: int, value: int) -> None:
         """Keep the checksum of a part that is wholly written. Raises OSError as the disk does."""
-        with self._lock:
+        with self._lock, self.timed:
             self.header.checksums[part] = value
-            os.setxattr(self.fd, XATTR, self.header.encode())
+            os.setxattr(self.fd, XATTR, self.header.encode(self.key))
 
     def claim_seal(self) -> bool:
         """Whether the caller is the one to seal: true once, after the last part."""
@@ -125,7 +128,7 @@ class PartialFile:
             return True
         with self._lock:
             self.header.checksums[part] = None
-            os.setxattr(self.fd, XATTR, self.header.encode())
+            os.setxattr(self.fd, XATTR, self.header.encode(self.key))
         return False
 
     def seal(self) -> None:
@@ -136,7 +139,8 @@ class PartialFile:
             raise ShardCorrupt(f"parts {bad} of shard {self.key.hex()} did not read back as written")
         with self._lock:
             self.header.generation = self._store.generation
-            os.setxattr(self.fd, XATTR, self.header.encode())
+            self.header.written_ns = os.fstat(self.fd).st_mtime_ns
+            os.setxattr(self.fd, XATTR, self.header.encode(self.key))
         os.fchmod(self.fd, 0o444)
         os.fdatasync(self.fd)
         self._store._publish(self)

@@ -65,6 +65,9 @@ class NodeView:
     async def snapshot_path(self, digest: str) -> Path:
         return await self._node.library.snapshot_path(digest)
 
+    def stalled(self) -> str | None:
+        return None
+
     def ready(self) -> str | None:
         if self._membership.is_connected or self._node.library.knowledge.cluster_map.epoch:
             return None

@@ -20,6 +20,7 @@ from shoal.errors import (
 )
 from shoal.origin import Deadlines, Origin, base, open_origin
 from shoal.origin.objectstore import ObjectStoreOrigin
+from shoal.origin.patient import PatientOrigin
 from shoal.origin.s3fs_reader import S3fsOrigin
 from tests.support.origin_contract import OriginContract, content, rows, streamed
 from tests.support.proxy import CountingProxy
@@ -300,7 +301,7 @@ def test_options_that_only_s3fs_understands(obstore_place: Prefix) -> None:
     place.write("x", b"1")
     options = {**place.weed.storage_options, "config_kwargs": {"s3": {"payload_signing_enabled": True}}}
     origin = open_origin(place.url, options)
-    assert isinstance(origin, S3fsOrigin)
+    assert isinstance(origin, PatientOrigin) and isinstance(origin.inner, S3fsOrigin)
     assert set(rows(origin)) == {"x"}
     with pytest.raises(InvalidRequest, match=r"config_kwargs\.s3\.payload_signing_enabled"):
         open_origin(place.url, {**options, "reader": "obstore"})

@@ -38,9 +38,9 @@ class DictOrigin:
     identity = "memory://"
     key_prefix = "set/"
 
-    def __init__(self, objects: Mapping[str, bytes]) -> None:
+    def __init__(self, objects: Mapping[str, bytes], versions: Mapping[str, str] | None = None) -> None:
         self.objects = dict(objects)
-        self.versions = dict.fromkeys(objects, "1")
+        self.versions = dict(versions or dict.fromkeys(objects, "1"))
         self.reads: list[tuple[str, int, int]] = []
         self.is_down = False
         self.reads_left: int | None = None  # then it is down; None: no such end
@@ -82,6 +82,8 @@ class MiniCluster:
         directory: of the nodes' data; a second cluster over the same one is a restart.
         part_size, shard_size: bytes.
         capacity_bytes: of each node.
+        versions: of the objects, and `origin_url`: where a client finds them too, when no node answers and `direct`.
+        settings: more of each node's `Config`.
     """
 
     def __init__(
@@ -94,8 +96,13 @@ class MiniCluster:
         shard_size: int = 4096,
         replicas: int = 1,
         capacity_bytes: int = 1 << 30,
+        versions: Mapping[str, str] | None = None,
+        origin_url: str = DictOrigin.url,
+        direct: bool = False,
+        **settings: Any,
     ) -> None:
-        self.origin = DictOrigin(objects)
+        self.origin = DictOrigin(objects, versions)
+        self._origin_url, self._direct = origin_url, direct
         self.directory = directory
         self.replicas = replicas
         self._ended: set[int] = set()
@@ -116,7 +123,9 @@ class MiniCluster:
         self.nodes: list[CacheNode] = []
         self.servers: list[HttpServer] = []
         self._configs = [
-            Config(directory / f"node{i}", capacity_bytes, {"host": f"h{i}"}, fetches=4, part_size=part_size)
+            Config(
+                directory / f"node{i}", capacity_bytes, {"host": f"h{i}"}, fetches=4, part_size=part_size, **settings
+            )
             for i in range(nodes)
         ]
         for index in range(nodes):
@@ -161,8 +170,9 @@ class MiniCluster:
         """Give one node a map."""
         record = DatasetRecord(
             name="set",
-            origin=self.origin.url,
+            origin=self._origin_url,
             endpoint="",
+            direct=self._direct,
             shard_size=self.snapshot.shard_size,
             replicas=self.replicas,
             snapshot=self.snapshot.digest,
