@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def cut_off_node(cluster: SpreadCluster, times: int) -> None:
 
 def state(cluster: SpreadCluster, node: int) -> str:
     with Control(cluster.controller_grpc) as control:
-        return next(str(n.state) for n in control.status().nodes if n.id == cluster.node_ids[node])
+        found = (known.node for known in control.status().nodes)
+        return next(str(each.state) for each in found if each.id == cluster.node_ids[node])
 
 
 def epoch(cluster: SpreadCluster) -> int:
@@ -119,8 +121,6 @@ def test_controller_cut_off_for_long(cluster: SpreadCluster) -> None:
 
 def served_from_origin(cluster: SpreadCluster, node: int) -> float:
     """Bytes that a node has fetched from the origin."""
-    import urllib.request
-
     with urllib.request.urlopen(f"{cluster.node_endpoints[node]}/metrics", timeout=SANE_S) as answer:
         lines = answer.read().decode().splitlines()
     return float(
