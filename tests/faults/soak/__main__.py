@@ -149,7 +149,7 @@ def _sizes(world: World, index: int) -> Iterator[int]:
     """Bytes that each shard file was made for: a ledger cannot know of those that were truncated on purpose."""
     for path in (world.cluster.data_dir / f"node-{index}").glob("*/**/*"):
         if path.is_file() and path.relative_to(world.cluster.data_dir).parts[1] in ("shards", "filling"):
-            yield ShardHeader.decode(os.getxattr(path, XATTR)).size_bytes
+            yield ShardHeader.decode(os.getxattr(path, XATTR), bytes.fromhex(path.name)).size_bytes
 
 
 def _strays(world: World, index: int) -> Iterator[Path]:
