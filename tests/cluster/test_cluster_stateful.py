@@ -267,7 +267,7 @@ class ClusterMachine(RuleBasedStateMachine):
             due = (Unavailable, OriginUnavailable, OriginChanged)
         elif path in self.replaced:
             due = (OriginChanged, OriginUnavailable)
-        # TODO A body that the origin's failure cut short ends as one of the node that was sending it.
+        # A body that the origin's failure cut short may end as one of the nodes that were sending it.
         is_due = isinstance(error, (*due, NodeUnavailable))
         is_held = bool(holders & askable)
         can_be_read = bool(askable) and path not in self.replaced and not self.cluster.origin.is_down
