@@ -101,6 +101,7 @@ class Cluster:
         health = self.transport.health
         if not health.has_open:
             return {}
+        self.transport.prober.keep_on()
         others = ((node.id, self.address_of(node)) for node in self._map.nodes)
         return shard_client.avoiding(node for node, address in others if address != asked and health.is_open(address))
 
