@@ -99,7 +99,7 @@ class Cluster:
     def avoiding(self, asked: str) -> dict[str, str]:
         """The header that tells the node at `asked` which others do not answer this process; mostly none."""
         health = self.transport.health
-        if not health.has_open:
+        if not health.circuits:
             return {}
         self.transport.prober.keep_on()
         others = ((node.id, self.address_of(node)) for node in self._map.nodes)

@@ -223,7 +223,7 @@ def test_slow_origin_is_waited_for_and_asked_once(tmp_path: Path, monkeypatch: p
         fs = cluster.filesystem()
         assert fs.cat_file("set/0") == PLAIN["0"]
         assert cluster.origin.bytes_read == len(PLAIN["0"])
-        assert not fs.cluster.transport.health.has_open
+        assert not fs.cluster.transport.health.circuits
 
 
 def test_all_nodes_silent_is_one_sentence(one_copy: Grey, monkeypatch: pytest.MonkeyPatch) -> None:
