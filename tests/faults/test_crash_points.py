@@ -91,7 +91,7 @@ def _arm(point: int, how: str) -> None:
                 call(fd, data[: len(data) // 2], offset)
             elif how == "after":
                 call(*args, **kwargs)
-            os.kill(os.getpid(), signal.SIGKILL)
+            return os.kill(os.getpid(), signal.SIGKILL)
 
         return counted
 
