@@ -24,7 +24,7 @@ from shoal.wire import batch
 from shoal.wire.batch import ShardRange
 from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
-from shoal_cachenode.data_plane import BINARY, DataPlane
+from shoal_cachenode.data_plane import BINARY, Asker, DataPlane
 from shoal_cachenode.disk import DiskStalls
 from shoal_cachenode.fill import DiskFailed
 from shoal_cachenode.library import ShardSpec
@@ -77,13 +77,13 @@ class Batches:
                 raise InvalidRequest(f"shard {place} has {spec.size_bytes} bytes: a range ends past them")
             self._node.usage.read(spec.dataset.record.name, spec.key)
         length = sum(each.length for each in ranges) + batch.SUM_BYTES * len(ranges)
-        body = self._body(ranges, specs, forwarded="via" in request.headers)
+        body = self._body(ranges, specs, Asker.of(request))
         return Response(200, {"Content-Type": BINARY}, body, length=length)
 
     async def _body(
-        self, ranges: Sequence[ShardRange], specs: dict[tuple[int, int], ShardSpec], *, forwarded: bool
+        self, ranges: Sequence[ShardRange], specs: dict[tuple[int, int], ShardSpec], asker: Asker
     ) -> Pieces:
-        fills = asyncio.create_task(self._begin_fills(list(specs.values())))
+        fills = asyncio.create_task(self._begin_fills(list(specs.values()), asker))
         sums: list[int] = []
         run: list[_Read] = []
         run_bytes = 0
@@ -95,39 +95,39 @@ class Batches:
                     run.append(_Read(spec, each))
                     run_bytes += each.length
                 if run and (not is_sealed or run_bytes >= RUN_BYTES or len(run) == RUN_RANGES):
-                    async for piece in self._sealed(run, sums, forwarded=forwarded):
+                    async for piece in self._sealed(run, sums, asker):
                         yield piece
                     run, run_bytes = [], 0
                 if not is_sealed:
-                    async for piece in self._unsealed(spec, each, forwarded=forwarded):
+                    async for piece in self._unsealed(spec, each, asker):
                         yield piece
                     sums.append(_sum_of(each, self._plane.known(spec.key)))
             if run:
-                async for piece in self._sealed(run, sums, forwarded=forwarded):
+                async for piece in self._sealed(run, sums, asker):
                     yield piece
             yield batch.encode_sums(sums)
         finally:
             fills.cancel()
             await asyncio.gather(fills, return_exceptions=True)  # what failed there failed here too, or was not needed
 
-    async def _sealed(self, run: Sequence[_Read], sums: list[int], *, forwarded: bool) -> Pieces:
+    async def _sealed(self, run: Sequence[_Read], sums: list[int], asker: Asker) -> Pieces:
         """The bytes of a run; one by one from elsewhere where the drive does not give all of them."""
         try:
             data, known = await self._node.disk.run(self._read, run)
         except (OSError, DiskStalls, ShardCorrupt) as error:
             log.warning("ranges of sealed shards are read from elsewhere: %s", error)
             for each in run:
-                async for piece in self._unsealed(each.spec, each.range, forwarded=forwarded):
+                async for piece in self._unsealed(each.spec, each.range, asker):
                     yield piece
                 sums.append(_sum_of(each.range, self._plane.known(each.key)))
             return
         yield data
         sums += known
 
-    async def _unsealed(self, spec: ShardSpec, each: ShardRange, *, forwarded: bool) -> Pieces:
+    async def _unsealed(self, spec: ShardSpec, each: ShardRange, asker: Asker) -> Pieces:
         wanted = ByteRange(each.start, each.start + each.length, True)
         try:
-            body = await self._plane.unsealed(spec, wanted, forwarded=forwarded)
+            body = await self._plane.unsealed(spec, wanted, asker)
         except AlreadySealed:
             data, _ = await self._node.disk.run(self._read, [_Read(spec, each)])
             yield data
@@ -160,14 +160,14 @@ class Batches:
         self._served.add(sum(map(len, found)))
         return b"".join(found), sums
 
-    async def _begin_fills(self, specs: Sequence[ShardSpec]) -> None:
+    async def _begin_fills(self, specs: Sequence[ShardSpec], asker: Asker) -> None:
         """Begin what this node is to fill for the batch, some at a time; a failure shows again where it is read."""
         waiting = iter(specs)
 
         async def begin() -> None:
             for spec in waiting:
                 try:
-                    fill = await self._plane.begin_fill(spec)
+                    fill = await self._plane.begin_fill(spec, asker)
                     if fill is not None:  # one after the other: each holds a reservation and a file until its seal
                         await asyncio.wait([fill.sealed])
                 except (ShoalError, StoreFull, DiskFailed, AlreadySealed) as error:

@@ -2,7 +2,8 @@
 
     sealed here              its file, by sendfile or, on the local socket, its descriptor
     only-if-cached           504
-    another node's shard     relayed from its owner; nothing is stored
+    another node's shard     relayed from its owner; nothing is stored. Owners that are silent, to this node or
+                             to the asker, are passed over
     else                     one fill, many readers: parts are sent as they come, the wanted ones first
     no room, or a sick disk  passed through from where the fill would read
 
@@ -14,14 +15,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from shoal import checksums, shard_client
 from shoal.cluster_map import Node as MapNode
 from shoal.connection import MAX_DESCRIPTORS
-from shoal.errors import NotCached, Overloaded, ShardCorrupt, ShoalError, SnapshotNotFound, Unavailable
+from shoal.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NotCached,
+    Overloaded,
+    ShardCorrupt,
+    ShoalError,
+    SnapshotNotFound,
+    Unavailable,
+)
 from shoal.maps import MAP_FROM
 from shoal.shards import Key
 from shoal.wire.byte_range import ByteRange
@@ -57,7 +70,16 @@ class DataPlane:
         self._found_under: Knowledge | None = None
 
     async def __call__(self, request: Request, digest: str, row: int, index: int) -> Response:
-        return await self._read(request, await self.find(digest, row, index))
+        if "shoal-timeout" not in request.headers:
+            return await self._read(request, await self.find(digest, row, index))
+        seconds = parse_timeout(request.headers["shoal-timeout"])
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._read(request, await self.find(digest, row, index))
+        except TimeoutError as error:
+            if isinstance(error, ShoalError):
+                raise
+            raise DeadlineExceeded(f"row {row}, shard {index} had no first byte within {seconds:g} s") from error
 
     async def find(self, digest: str, row: int, index: int) -> ShardSpec:
         """A shard by its place. Raises NotFound, DatasetNotFound, SnapshotNotFound."""
@@ -105,7 +127,7 @@ class DataPlane:
         """The answer for a shard that is not sealed here; with the checksums of its parts behind it, where it fills."""
         headers = {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}
         length = wanted.end - wanted.start
-        body = await self.unsealed(spec, wanted, forwarded="via" in request.headers)
+        body = await self.unsealed(spec, wanted, Asker.of(request))
         fill = self.node.fills.running(spec.key) if "shoal-want-checksums" in request.headers else None
         header = fill.partial.header if fill is not None else None
         parts = _whole_parts(wanted, header)
@@ -190,40 +212,43 @@ class DataPlane:
         finally:
             await body.aclose()  # type: ignore[attr-defined] # an async generator
 
-    async def begin_fill(self, spec: ShardSpec) -> Fill | None:
+    async def begin_fill(self, spec: ShardSpec, asker: Asker) -> Fill | None:
         """The fill of a shard that is not here and is this node's to fill, else None. Raises as `CacheNode.fill`."""
         order = self.node.order(spec)
         rank = self.node.rank(order)
         if rank is None or rank >= spec.dataset.record.replicas or self.node.store.is_sealed(spec.key):
             return None
-        return await self.node.fill(spec, order, Urgency.DEMAND)
+        return await self.node.fill(spec, order, Urgency.DEMAND, avoid=asker.avoid)
 
-    async def unsealed(
-        self, spec: ShardSpec, wanted: ByteRange, *, forwarded: bool
-    ) -> AsyncIterator[Buffer | FileSlice]:
+    async def unsealed(self, spec: ShardSpec, wanted: ByteRange, asker: Asker) -> AsyncIterator[Buffer | FileSlice]:
         """A body whose first piece is at hand, so that a failure so far is still a status."""
         order = self.node.order(spec)
-        if not forwarded:
-            body = await self._relayed(spec, wanted, order)
+        if not asker.is_node:
+            body = await self._relayed(spec, wanted, order, asker)
             if body is not None:
                 return body
         try:
-            fill = await self.node.fill(spec, order, Urgency.DEMAND, wanted.start)
+            fill = await self.node.fill(spec, order, Urgency.DEMAND, wanted.start, asker.avoid)
         except (StoreFull, DiskFailed) as error:
             log.info("shard %s passes through: %s", spec.key.hex(), error)
             return await _begun(self.through(spec, wanted.start, wanted.end))
         return await _begun(self._from_fill(spec, fill, wanted.start, wanted.end))
 
     async def _relayed(
-        self, spec: ShardSpec, wanted: ByteRange, order: tuple[MapNode, ...]
+        self, spec: ShardSpec, wanted: ByteRange, order: tuple[MapNode, ...], asker: Asker
     ) -> AsyncIterator[Buffer | FileSlice] | None:
-        """The body from the first owner that answers; None where this node is to fill."""
+        """The body from the first owner that answers; None where this node is to fill.
+
+        Owners that do not answer the asker, or this node, are passed over.
+        """
         replicas = spec.dataset.record.replicas
         rank = self.node.rank(order)
         if rank is not None and rank < replicas:
             return None
         for node in order if rank is None else order[:rank]:
-            source = self.node.peer(node, spec, cached_only=False)
+            if self.node.is_avoided(node, asker.avoid):
+                continue
+            source = self.node.peer(node, spec, cached_only=False, avoid=asker.avoid, until=asker.until)
             try:
                 return await _begun(self._through(source, wanted.start, wanted.end))
             except (Unavailable, Overloaded, SnapshotNotFound, ShardCorrupt) as error:
@@ -338,6 +363,39 @@ async def _with_checksums(
         yield checksums.pack(fill.partial.header.checksums[part] or 0 for part in parts)
     finally:
         await body.aclose()  # type: ignore[attr-defined] # an async generator
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks, as far as it matters to where the bytes come from.
+
+    Attributes:
+        is_node: another node, which relays already: this one must answer by itself.
+        avoid: nodes that do not answer the asker.
+        until: `time.monotonic` at which it does not wait any more.
+    """
+
+    is_node: bool
+    avoid: frozenset[str]
+    until: float
+
+    @classmethod
+    def of(cls, request: Request) -> Asker:
+        """Raises InvalidRequest where its time limit is none."""
+        text = request.headers.get("shoal-timeout")
+        until = math.inf if text is None else time.monotonic() + parse_timeout(text)
+        return cls("via" in request.headers, shard_client.avoided(request.headers), until)
+
+
+def parse_timeout(text: str) -> float:
+    """The seconds of a ``Shoal-Timeout`` header. Raises InvalidRequest."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(f"Shoal-Timeout: {text[:40]!r} is no number of seconds above 0")
+    return seconds
 
 
 async def _begun(body: AsyncIterator[Buffer | FileSlice]) -> AsyncIterator[Buffer | FileSlice]:

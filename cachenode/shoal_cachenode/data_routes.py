@@ -18,7 +18,7 @@ def make_handler(node: CacheNode) -> Handler:
 
     async def handle(request: Request) -> Response:
         match request.path.split("/")[1:]:
-            case ["v1", "snapshots", digest, "rows", row, "shards", index] if (row + index).isdecimal():
+            case ["v1", "snapshots", digest, "rows", row, "shards", index] if _is_number(row) and _is_number(index):
                 return await plane(request, datasets.check_digest(digest), int(row), int(index))
             case ["v1", "snapshots", digest, "ranges"]:
                 if request.method != "POST":
@@ -27,3 +27,8 @@ def make_handler(node: CacheNode) -> Handler:
         raise NotFound(f"nothing is served at {request.path!r}: see docs/wire.md for the paths")
 
     return handle
+
+
+def _is_number(text: str) -> bool:
+    """Whether `text` is a row or an index as this server writes them: digits, fewer than Python refuses to count."""
+    return text.isascii() and text.isdigit() and len(text) < 20

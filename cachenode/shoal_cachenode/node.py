@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shoal import shard_client
 from shoal.cluster_map import Node as MapNode
 from shoal.cluster_map import NodeState
 from shoal.errors import ClusterUnavailable, ShoalError
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 
 #: Nodes that are asked for a shard they do not own before the origin is: after a map change they are its last owners.
 FORMER_OWNERS_ASKED = 2
+#: The longest silence of a peer that answers probes: it may be waiting for a slow origin.
 PEER_TIMEOUT_S = 20.0
 #: Reads that pass through at a time. Each has a thread as long as its reader takes, so they are not the default ones,
 #: which short work waits for: opening a file, sending from a cold one.
@@ -203,8 +206,13 @@ class CacheNode:
         """This node's place in an order; None where it is not in it."""
         return next((rank for rank, node in enumerate(order) if node.id == self.id), None)
 
-    def source(self, spec: ShardSpec, order: tuple[MapNode, ...]) -> Source:
+    def source(
+        self, spec: ShardSpec, order: tuple[MapNode, ...], avoid: frozenset[str] = shard_client.NOBODY
+    ) -> Source:
         """Where a fill of `spec` here reads: owners before this one, then whoever may still hold it, then the origin.
+
+        Args:
+            avoid: nodes that did not answer whoever asks.
 
         May block while the origin is opened.
         """
@@ -212,14 +220,31 @@ class CacheNode:
         rank = self.rank(order)
         peers: list[Source] = []
         if rank is not None:
-            peers += [self.peer(node, spec, cached_only=False) for node in order[: min(rank, replicas)]]
-        former = [node for node in order[len(peers) :] if node.id != self.id][: replicas - 1 + FORMER_OWNERS_ASKED]
+            before = [node for node in order[: min(rank, replicas)] if not self.is_avoided(node, avoid)]
+            peers += [self.peer(node, spec, cached_only=False, avoid=avoid) for node in before]
+        former = [node for node in order[min(rank or 0, replicas) :] if node.id != self.id][
+            : replicas - 1 + FORMER_OWNERS_ASKED
+        ]
         former += [n for n in self.library.knowledge.cluster_map.nodes if n.state is NodeState.DRAINING]
-        peers += [self.peer(node, spec, cached_only=True) for node in former if node.id != self.id]
+        former = [node for node in former if node.id != self.id and not self.is_avoided(node, avoid)]
+        peers += [self.peer(node, spec, cached_only=True) for node in former]
         return FirstThatHasIt(peers, self.origin_source(spec))
 
-    def peer(self, node: MapNode, spec: ShardSpec, *, cached_only: bool) -> PeerSource:
-        return PeerSource(self.transport, node.address, spec.at, self.id, cached_only, self.counters.peer_bytes)
+    def is_avoided(self, node: MapNode, avoid: frozenset[str]) -> bool:
+        """Whether a node is not to be waited for: it did not answer whoever asks, or does not answer this one."""
+        return node.id in avoid or self.transport.health.is_open(node.address)
+
+    def peer(
+        self,
+        node: MapNode,
+        spec: ShardSpec,
+        *,
+        cached_only: bool,
+        avoid: frozenset[str] = shard_client.NOBODY,
+        until: float = math.inf,
+    ) -> PeerSource:
+        counter = self.counters.peer_bytes
+        return PeerSource(self.transport, node.address, spec.at, self.id, cached_only, counter, avoid, until)
 
     def origin_source(self, spec: ShardSpec) -> Source:
         opened = self.library.origin(spec.dataset)
@@ -228,7 +253,14 @@ class CacheNode:
             opened, spec.snapshot.path(row), spec.snapshot.version(row), spec.offset, self.counters.origin_bytes
         )
 
-    async def fill(self, spec: ShardSpec, order: tuple[MapNode, ...], urgency: Urgency, start: int = 0) -> Fill:
+    async def fill(
+        self,
+        spec: ShardSpec,
+        order: tuple[MapNode, ...],
+        urgency: Urgency,
+        start: int = 0,
+        avoid: frozenset[str] = shard_client.NOBODY,
+    ) -> Fill:
         """The one fill of a shard, with room made for it; a new one begins with the part that byte `start` is in.
 
         Raises:
@@ -245,9 +277,9 @@ class CacheNode:
         if running is not None:
             return running
         if self.library.has_opened_origin(spec.dataset):
-            source = self.source(spec, order)
+            source = self.source(spec, order, avoid)
         else:
-            source = await asyncio.to_thread(self.source, spec, order)
+            source = await asyncio.to_thread(self.source, spec, order, avoid)
         first = start // self.config.part_size
         is_new = not self.store.has_partial(spec.key)
         try:

@@ -6,7 +6,7 @@ which one next, is the caller's affair.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -16,13 +16,21 @@ from shoal.checksums import PartCheck
 from shoal.connection import Answer, MakeView
 from shoal.errors import ShardCorrupt
 from shoal.maps import ShardId
-from shoal.transport import Transport
+from shoal.transport import Pending, Transport
+from shoal.watch import Watch
 from shoal.wire import batch
 from shoal.wire.batch import ShardRange
 
 WANT_CHECKSUMS = {"Shoal-Want-Checksums": "1"}
 #: Asks the node to check its copy of the shard before it answers: a part of it did not match.
 SUSPECT = {"Shoal-Suspect": "1"}
+#: Answer from the cache or with 504 (RFC 9111, 5.2.1.7).
+ONLY_IF_CACHED = {"Cache-Control": "only-if-cached"}
+#: Names nodes that do not answer the asking process: the one asked is not to wait for them either (`avoiding`).
+AVOID = "Shoal-Avoid"
+NOBODY: frozenset[str] = frozenset()
+#: Seconds that the asking process will still wait.
+TIMEOUT = "Shoal-Timeout"
 #: What a node answers instead of checksums that it does not know yet: they follow the body (`checksums.pack`).
 TRAILING = "trailing"
 
@@ -51,6 +59,18 @@ class ShardAt:
         return f"/v1/snapshots/{self.digest}/rows/{self.row}/shards/{self.index}"
 
 
+def avoiding(node_ids: Iterable[str]) -> dict[str, str]:
+    """The header that names nodes to avoid; none where there are none."""
+    text = ",".join(node_ids)
+    return {AVOID: text} if text else {}
+
+
+def avoided(headers: Mapping[str, str]) -> frozenset[str]:
+    """Ids of the nodes that a request (names in lower case) names with `avoiding`."""
+    text = headers.get("shoal-avoid")
+    return frozenset(text.split(",")) if text else NOBODY
+
+
 def read(
     transport: Transport,
     address: str,
@@ -61,23 +81,56 @@ def read(
     *,
     verify: bool,
     headers: Mapping[str, str],
+    watch: Watch,
 ) -> Answer:
     """Receive bytes [start, end) of `shard` from the node at `address` into the view that `make_view` gives.
 
     Args:
         verify: compare the checksum of each whole part in the range.
         headers: more of the request. With `local.TAKES_DESCRIPTORS` the answer may have descriptors instead.
+        watch: decides how long a silence is waited for.
 
     Raises:
         Interrupted: the connection failed in the middle; the first `received` bytes are good and need not come again.
+        Superseded, DeadlineExceeded: as `watch` says.
         ShardCorrupt: a part does not match its checksum.
         NodeUnavailable: no answer.
         ShoalError: the class the node named.
     """
+    pending = begin(transport, address, shard, start, end, verify, headers, watch)
+    return finish(transport, pending, shard, start, end, make_view, verify, watch)
+
+
+def begin(
+    transport: Transport,
+    address: str,
+    shard: ShardAt,
+    start: int,
+    end: int,
+    verify: bool,
+    headers: Mapping[str, str],
+    watch: Watch | None = None,
+) -> Pending:
+    """Send the request of `read`, for `finish`. Raises NodeUnavailable."""
     asked = {"Range": f"bytes={start}-{end - 1}", **headers}
+    if verify:
+        asked.update(WANT_CHECKSUMS)
+    return transport.begin(address, shard.target, asked, watch=watch, is_hasty=True)
+
+
+def finish(
+    transport: Transport,
+    pending: Pending,
+    shard: ShardAt,
+    start: int,
+    end: int,
+    make_view: MakeView,
+    verify: bool,
+    watch: Watch,
+) -> Answer:
+    """Receive the answer to what `begin` asked with the same arguments. Raises as `read`."""
     if not verify:
-        return transport.get(address, shard.target, asked, make_view=make_view)
-    asked.update(WANT_CHECKSUMS)
+        return transport.finish(pending, make_view, watch=watch)
 
     def make_check(found: Mapping[str, str]) -> PartCheck | None:
         part_size, sums = found.get("shoal-part-size"), found.get("shoal-checksums")
@@ -86,15 +139,27 @@ def read(
         expected = None if sums == TRAILING else checksums.decode(sums)
         return PartCheck(start, end, shard.size_bytes, int(part_size), expected)
 
-    return transport.get(address, shard.target, asked, make_view=make_view, make_check=make_check)
+    return transport.finish(pending, make_view, make_check, watch)
 
 
 def read_batch(
-    transport: Transport, address: str, digest: str, ranges: Sequence[ShardRange], *, verify: bool
+    transport: Transport,
+    address: str,
+    digest: str,
+    ranges: Sequence[ShardRange],
+    *,
+    verify: bool,
+    headers: Mapping[str, str],
+    until: float,
 ) -> tuple[pa.Buffer, int]:
     """The bytes of `ranges`, one after the other, from the node at `address` in one request; and its map's epoch.
 
+    Args:
+        verify, headers: as in `read`.
+        until: `time.monotonic` at which the caller's time is over.
+
     Raises:
+        DeadlineExceeded: that was before the last byte.
         ShardCorrupt: a range that is a whole part does not match its checksum.
         NodeUnavailable: no answer, or not all of it.
         ShoalError: the class the node named.
@@ -103,7 +168,14 @@ def read_batch(
     buffer = memory.allocate(length + batch.SUM_BYTES * len(ranges))
     view = memory.view(buffer)
     answer = transport.get(
-        address, batch.target(digest), method="POST", content=batch.encode(ranges), make_view=lambda: view
+        address,
+        batch.target(digest),
+        headers,
+        method="POST",
+        content=batch.encode(ranges),
+        make_view=lambda: view,
+        watch=Watch(transport, address, until=until, is_hasty=True),
+        is_hasty=True,
     )
     if verify:
         sums = batch.decode_sums(view[length:])

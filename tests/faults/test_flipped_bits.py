@@ -20,6 +20,7 @@ from shoal.cluster_map import Node
 from shoal.connection import Connection, Interrupted
 from shoal.errors import ShardCorrupt, ShoalError
 from shoal.filesystem import ShoalFileSystem
+from shoal.health import Latency
 from shoal.reader import ObjectReader
 from shoal.transport import Transport
 from shoal_cachenode import sealed_file
@@ -198,14 +199,14 @@ def test_part_that_began_at_a_node_that_died_is_compared_all_the_same(
     fs.info("set/o")
     take, died = fs.cluster.transport._take, list[socket.socket]()
 
-    def take_or_die(address: str) -> Connection:
+    def take_or_die(address: str, *how: Any, **more: Any) -> Connection:
         if address != dying.address:
-            return take(address)
+            return take(address, *how, **more)
         ours, theirs = socket.socketpair()
         theirs.sendall(b"HTTP/1.1 206 OK\r\nContent-Length: 256\r\n\r\n" + PLAIN[:70])
         theirs.shutdown(socket.SHUT_WR)
         died.append(theirs)
-        return Connection(ours)
+        return Connection(ours, Latency())
 
     monkeypatch.setattr(fs.cluster.transport, "_take", take_or_die)
     with pytest.raises(ShardCorrupt):
