@@ -71,6 +71,7 @@ class Disk:
     ) -> None:
         self._directory = directory
         self._operations = operations
+        self._reads = Operations()
         self._capacity_bytes = capacity_bytes
         self._stall_s = stall_s
         self._retry_s = retry_s
@@ -89,6 +90,11 @@ class Disk:
     def is_stalling(self) -> bool:
         return self._stalls.done()
 
+    @property
+    def oldest_read_s(self) -> float:
+        """Seconds that a reader has been waiting for the drive; 0.0 where none is."""
+        return self._reads.oldest_s()
+
     async def run(
         self, function: Callable[[*Args], T], *args: *Args, discard: Callable[[T], None] = lambda _: None
     ) -> T:
@@ -104,7 +110,7 @@ class Disk:
             raise DiskStalls(self.fault)
 
         def timed() -> T:
-            with self._operations.timed:
+            with self._operations.timed, self._reads.timed:
                 return function(*args)
 
         def let_go(job: asyncio.Future[T]) -> None:
@@ -164,6 +170,7 @@ class Disk:
                 next_trial = self._loop.time() + self._retry_s
                 # Not awaited here: this watches over the trial too.
                 self._trial = self._loop.run_in_executor(self._threads, self._try)
+                self._trial.add_done_callback(lambda trial: trial.cancelled() or trial.exception())
 
     def _begin_stall(self, oldest_s: float) -> None:
         if self._stalls.done():

@@ -319,6 +319,8 @@ class CacheNode:
 
     async def refetch(self, key: Key) -> None:
         """Fill a shard that was lost, where this node owns it: nobody waits for it. Failures are logged."""
+        for served in self.library.knowledge.snapshots():
+            await self.holdings_of(served)
         place = self.inventory.place_of(key)
         if place is None:
             return

@@ -45,6 +45,12 @@ log = logging.getLogger(__name__)
 
 #: Descriptors of sealed files kept open between requests.
 MAX_OPEN_FILES = 512
+_SENTENCES = {
+    Damage.MISSING: "its file is gone",
+    Damage.TORN: "its file is not as long as it was sealed, or its attribute is not its own",
+    Damage.CHECKSUM: "a part does not read back as it was sealed",
+    Damage.UNREADABLE: "the drive gives an error for it",
+}
 _HEX_DIGITS = frozenset("0123456789abcdef")
 
 
@@ -232,7 +238,7 @@ class Store:
             file = self._open.pop(key, None)
         if file is not None:
             file.release()
-        log.error("shard %s is %s on the drive: dropped", key.hex(), damage)
+        log.error("shard %s is dropped: %s", key.hex(), _SENTENCES[damage])
         self._bury(key)
         self.on_lost(key, damage)
 

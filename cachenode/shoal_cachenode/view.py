@@ -18,6 +18,10 @@ from shoal.version import VERSION
 from shoal_cachenode.membership import Membership
 from shoal_cachenode.node import CacheNode
 
+#: A drive that takes so long over one read is no help to readers now: they are told so when they ask, and do better
+#: elsewhere. What the node itself makes of it is up to `shoal_cachenode.disk`, which is more patient.
+SLOW_READ_S = 0.3
+
 
 class NodeView:
     """A `shoal.wire.routes.ClusterView` over a cache node."""
@@ -66,6 +70,11 @@ class NodeView:
         return await self._node.library.snapshot_path(digest)
 
     def stalled(self) -> str | None:
+        disk = self._node.disk
+        if disk.is_stalling:
+            return disk.fault
+        if disk.oldest_read_s >= SLOW_READ_S:
+            return f"a read of the drive has taken {disk.oldest_read_s:.1f} s so far"
         return None
 
     def ready(self) -> str | None:

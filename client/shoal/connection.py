@@ -26,6 +26,8 @@ from shoal.health import Latency
 _HEAD_BUFFER = 16 << 10
 #: Descriptors taken with one answer; the kernel passes 253 at most.
 MAX_DESCRIPTORS = 32
+#: Seconds between two looks at how fast a body comes.
+LOOK_EVERY_S = 1.0
 #: Bytes received between two looks at their checksums: they are then still in the processor's cache.
 _CHECK_STRIDE = 512 << 10
 
@@ -52,12 +54,12 @@ class Watch(Protocol):
 
     until: float
 
-    def silent(self, connection: Connection, good: int) -> None:
-        """Nothing came for a while; `good` bytes of the body need not come again. Return to wait on, or raise."""
+    def look(self, came: int, seconds: float, good: int) -> None:
+        """So much of the body came in the last `seconds`, and `good` is as in `silent`. Return to go on, or raise."""
         ...
 
-    def expired(self) -> DeadlineExceeded:
-        """The error for a caller whose time is over."""
+    def silent(self, connection: Connection, good: int) -> None:
+        """Nothing came for a while; `good` bytes of the body need not come again. Return to wait on, or raise."""
         ...
 
 
@@ -272,6 +274,7 @@ class Connection:
         received, length, checked = len(rest), len(view), 0
         view[:received] = rest
         receive_into = self._sock.recv_into
+        looked_at, seen = self._asked_at, 0
 
         def good() -> int:
             if half_is_useless:
@@ -292,8 +295,10 @@ class Connection:
                 if check is not None and received - checked >= _CHECK_STRIDE:
                     check.update(view[checked:received])
                     checked = received
-                if received < length and monotonic() > watch.until:  # a trickle is never silent
-                    raise watch.expired()
+                now = monotonic()
+                if now - looked_at > LOOK_EVERY_S or now > watch.until:  # a trickle is never silent
+                    watch.look(received - seen, now - looked_at, good())
+                    looked_at, seen = now, received
         except (Interrupted, DeadlineExceeded):
             raise  # the watch has spoken; both are OSErrors too
         except OSError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,9 +34,14 @@ class DirectOrigin:
     def __init__(self, record: DatasetRecord, storage_options: Mapping[str, Any]) -> None:
         self._record = record
         self._options = dict(storage_options)
-        self._lock = threading.Lock()  # guards _opened, bytes_read
+        self.reset_lock()
         self._opened: tuple[int, Origin] | None = None
         self.bytes_read = 0
+        _all.add(self)
+
+    def reset_lock(self) -> None:
+        """A new lock, for a fork's child: the thread that held the old one is not there to release it."""
+        self._lock = threading.Lock()  # guards _opened, bytes_read
 
     def read_into(self, path: str, version: str, start: int, view: memoryview, reason: ShoalError) -> None:
         """Read the bytes from `start` on that `view` has room for, because of `reason`.
@@ -78,3 +84,14 @@ class DirectOrigin:
         if self._record.endpoint and not named and self._record.origin.startswith("s3:"):
             return {**self._options, "endpoint_url": self._record.endpoint}
         return self._options
+
+
+_all: weakref.WeakSet[DirectOrigin] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for each in _all:
+        each.reset_lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from shoal import memory, shard_client, transport
 from shoal.cluster_map import Node
-from shoal.connection import Answer, DescriptorsLost, Interrupted
+from shoal.connection import DescriptorsLost, Interrupted
 from shoal.errors import DeadlineExceeded, NodeUnavailable, ShardCorrupt, ShoalError
 from shoal.local import TAKES_DESCRIPTORS
 from shoal.shard_client import ShardAt
@@ -72,11 +72,22 @@ class PieceRead:
     """The read of one piece. Not thread-safe.
 
     Args:
-        candidates: whom to ask, in order, under the newest map.
+        candidates_of: from a shard's index to whom to ask, in order, under the newest map.
         until: `time.monotonic` at which the caller's time is over.
     """
 
-    __slots__ = ("_candidates", "_cluster", "_hedged", "_is_hasty", "_piece", "_shard", "_target", "_until", "_verify")
+    __slots__ = (
+        "_asked",
+        "_candidates_of",
+        "_cluster",
+        "_hedged",
+        "_is_hasty",
+        "_piece",
+        "_shard",
+        "_target",
+        "_until",
+        "_verify",
+    )
 
     def __init__(
         self,
@@ -84,8 +95,7 @@ class PieceRead:
         shard: ShardAt,
         piece: Piece,
         target: Target,
-        candidates: Callable[[], Iterable[Node]],
-        *,
+        candidates_of: Callable[[int], Iterable[Node]],
         until: float,
         verify: bool,
     ) -> None:
@@ -93,10 +103,11 @@ class PieceRead:
         self._shard = shard
         self._piece = piece
         self._target = target
-        self._candidates = candidates
+        self._candidates_of = candidates_of
         self._until = until
         self._verify = verify
         self._is_hasty = True
+        self._asked: Node | None = None
         self._hedged: Node | None = None
 
     def from_nodes(self) -> pa.Buffer | None:
@@ -154,53 +165,51 @@ class PieceRead:
 
     def _from_node(self, node: Node, headers: Mapping[str, str]) -> pa.Buffer | None:
         """From `node`, or from whoever was faster."""
+        cluster, piece, target = self._cluster, self._piece, self._target
         more = {**headers, **self._hints(node)}
         begun: Pending | None = None
-        local = self._cluster.local
+        local = cluster.local
         is_mappable = local is not None and node.id == local.node_id
         while True:
+            address, start = cluster.address_of(node), piece.start + target.done
+            self._asked = node
+            watch = Watch(cluster.transport, address, self._until, self._hedges, self._is_hasty)
             try:
-                answer = self._exchange(node, {**more, **TAKES_DESCRIPTORS} if is_mappable else more, begun)
+                if begun is None:
+                    asked = {**more, **TAKES_DESCRIPTORS} if is_mappable else more
+                    begun = shard_client.begin(
+                        cluster.transport, address, self._shard, start, piece.end, self._verify, asked, watch
+                    )
+                answer = shard_client.finish(
+                    cluster.transport, begun, self._shard, start, piece.end, target.view, self._verify, watch
+                )
             except DescriptorsLost:
-                is_mappable = False
+                begun, is_mappable = None, False
                 continue
             except Superseded as faster:
                 assert self._hedged is not None
-                self._target.done += faster.received
+                target.done += faster.received
                 node, begun, is_mappable = self._hedged, faster.pending, False
                 continue
-            self._cluster.note_epoch(answer.epoch)
+            cluster.note_epoch(answer.epoch)
             if not answer.descriptors or local is None:
                 return None
             whole = local.adopt(self._shard.id, answer)
             if whole is not None:
                 return whole
-            is_mappable = False
+            begun, is_mappable = None, False
 
-    def _exchange(self, node: Node, headers: Mapping[str, str], begun: Pending | None) -> Answer:
-        wire, address = self._cluster.transport, self._address(node)
-        start, end = self._piece.start + self._target.done, self._piece.end
+    def _candidates(self) -> Iterable[Node]:
+        return self._candidates_of(self._piece.index)
 
-        def hedges(received: int) -> Iterator[Pending]:
-            return self._hedges(node, start + received)
-
-        watch = Watch(wire, address, until=self._until, hedges=hedges, is_hasty=self._is_hasty)
-        if begun is None:
-            begun = shard_client.begin(
-                wire, address, self._shard, start, end, verify=self._verify, headers=headers, watch=watch
-            )
-        return shard_client.finish(
-            wire, begun, self._shard, start, end, self._target.view, verify=self._verify, watch=watch
-        )
-
-    def _hedges(self, asked: Node, start: int) -> Iterator[Pending]:
-        """Ask others in turn for bytes from `start` on that they have cached. The last one asked is `_hedged`."""
-        count = 0
+    def _hedges(self, received: int) -> Iterator[Pending]:
+        """Ask others in turn for what they have cached of the bytes after `received`; the last asked is `_hedged`."""
+        asked, start, count = self._asked, self._piece.start + self._target.done + received, 0
         for node in self._candidates():
-            address = self._address(node)
+            address = self._cluster.address_of(node)
             if count == MAX_HEDGES:
                 return
-            if node.id == asked.id or self._cluster.transport.health.is_open(address):
+            if (asked is not None and node.id == asked.id) or self._cluster.transport.health.is_open(address):
                 continue
             try:
                 pending = shard_client.begin(
@@ -209,8 +218,8 @@ class PieceRead:
                     self._shard,
                     start,
                     self._piece.end,
-                    verify=self._verify,
-                    headers=shard_client.ONLY_IF_CACHED,
+                    self._verify,
+                    shard_client.ONLY_IF_CACHED,
                 )
             except ShoalError as error:
                 log.debug("no hedge from node %s: %s", node.id, error)
@@ -221,13 +230,11 @@ class PieceRead:
 
     def _hints(self, node: Node) -> dict[str, str]:
         """What the node asked should know: whom to avoid, and how long it is waited for."""
-        hints = self._cluster.avoiding(self._address(node))
+        cluster = self._cluster
+        hints = cluster.avoiding(cluster.address_of(node)) if cluster.transport.health.has_open else {}
         left_s = self._until - time.monotonic()
         if left_s <= 0:
             raise DeadlineExceeded(f"no time was left to ask node {node.id}")
         if left_s < READ_TIMEOUT_S:
             hints[shard_client.TIMEOUT] = f"{left_s:.3f}"
         return hints
-
-    def _address(self, node: Node) -> str:
-        return self._cluster.address_of(node)

@@ -91,6 +91,10 @@ class Health:
         """Whether any circuit is open: mostly none is, and then there is nothing to ask for each."""
         return bool(self._circuits)
 
+    @property
+    def open_count(self) -> int:
+        return len(self._circuits)
+
     def is_open(self, address: str) -> bool:
         return address in self._circuits
 

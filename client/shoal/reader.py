@@ -220,15 +220,7 @@ class ObjectReader:
             ShoalError: nobody gives the bytes, or a failure that another node would repeat.
         """
         shard = self.shard(piece.index)
-        read = PieceRead(
-            self._cluster,
-            shard,
-            piece,
-            target,
-            lambda: self.candidates(piece.index),
-            until=until,
-            verify=self._verify,
-        )
+        read = PieceRead(self._cluster, shard, piece, target, self.candidates, until, self._verify)
         try:
             return read.from_nodes()
         except DeadlineExceeded as error:

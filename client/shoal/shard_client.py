@@ -97,8 +97,8 @@ def read(
         NodeUnavailable: no answer.
         ShoalError: the class the node named.
     """
-    pending = begin(transport, address, shard, start, end, verify=verify, headers=headers, watch=watch)
-    return finish(transport, pending, shard, start, end, make_view, verify=verify, watch=watch)
+    pending = begin(transport, address, shard, start, end, verify, headers, watch)
+    return finish(transport, pending, shard, start, end, make_view, verify, watch)
 
 
 def begin(
@@ -107,7 +107,6 @@ def begin(
     shard: ShardAt,
     start: int,
     end: int,
-    *,
     verify: bool,
     headers: Mapping[str, str],
     watch: Watch | None = None,
@@ -126,7 +125,6 @@ def finish(
     start: int,
     end: int,
     make_view: MakeView,
-    *,
     verify: bool,
     watch: Watch,
 ) -> Answer:

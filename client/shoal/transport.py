@@ -53,7 +53,7 @@ MAX_IDLE_S = 60.0
 MAX_IDLE_PER_ADDRESS = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: making a frozen one costs a microsecond, and one is made for each request
 class Pending:
     """A request that was sent, and whose answer is awaited: for `Transport.finish`, or `close`."""
 
@@ -167,9 +167,9 @@ class Transport:
             NodeUnavailable: it cannot be sent.
         """
         request = format_request(address, method, target, headers or {}, content)
-        return self._begin(address, request, method, watch or Watch(self, address), is_hasty=is_hasty)
+        return self._send(address, request, method, watch or Watch(self, address), is_hasty)
 
-    def _begin(self, address: str, request: bytes, method: str, watch: Watch, *, is_hasty: bool = False) -> Pending:
+    def _send(self, address: str, request: bytes, method: str, watch: Watch, is_hasty: bool) -> Pending:
         while True:
             connection = self._take(address, HASTY_CONNECT_TIMEOUT_S if is_hasty else self._connect_timeout_s)
             try:
@@ -193,46 +193,41 @@ class Transport:
         watch: Watch | None = None,
     ) -> Answer:
         """Receive the answer to what `begin` sent. Arguments and errors are those of `get`."""
-        watch = watch or Watch(self, pending.address)
+        address, method = pending.address, pending.method
+        watch = watch or Watch(self, address)
         try:
-            return self._finish(pending, make_view, make_check, watch)
+            while True:
+                connection = pending.connection
+                try:
+                    answer = connection.receive(method, watch, make_view, make_check)
+                except StaleConnection:
+                    pending = self._send(address, pending.request, method, watch, False)
+                    continue
+                except Interrupted:
+                    connection.close()
+                    self.suspect(address)  # it may have died, or only what it was sending may have failed
+                    raise
+                except (httptools.HttpParserError, KeyError, ValueError) as error:  # KeyError: no Content-Length
+                    connection.close()
+                    raise NodeUnavailable(f"{address} does not speak HTTP as Shoal does: {error}") from error
+                except BaseException as error:
+                    connection.close()
+                    if isinstance(error, OSError) and not isinstance(error, ShoalError):
+                        self.suspect(address)
+                        raise NodeUnavailable(f"{address} does not answer: {error or type(error).__name__}") from error
+                    raise
+                if self.health.has_open:
+                    self.health.answered(address)
+                if connection.reusable:
+                    self._give_back(address, connection)
+                else:
+                    connection.close()
+                if answer.status >= 400:
+                    name = answer.headers.get("shoal-error", "")
+                    raise http_errors.from_response(answer.status, name, answer.body.decode("utf-8", "replace"))
+                return answer
         finally:
             watch.end()
-
-    def _finish(
-        self, pending: Pending, make_view: MakeView | None, make_check: MakeCheck | None, watch: Watch
-    ) -> Answer:
-        address, method = pending.address, pending.method
-        while True:
-            connection = pending.connection
-            try:
-                answer = connection.receive(method, watch, make_view, make_check)
-            except StaleConnection:
-                pending = self._begin(address, pending.request, method, watch)
-                continue
-            except Interrupted:
-                connection.close()
-                self.suspect(address)  # it may have died, or only what it was sending may have failed
-                raise
-            except (httptools.HttpParserError, KeyError, ValueError) as error:  # KeyError: no Content-Length
-                connection.close()
-                raise NodeUnavailable(f"{address} does not speak HTTP as Shoal does: {error}") from error
-            except BaseException as error:
-                connection.close()
-                if isinstance(error, OSError) and not isinstance(error, ShoalError):
-                    self.suspect(address)
-                    raise NodeUnavailable(f"{address} does not answer: {error or type(error).__name__}") from error
-                raise
-            if self.health.has_open:
-                self.health.answered(address)
-            if connection.reusable:
-                self._give_back(address, connection)
-            else:
-                connection.close()
-            if answer.status >= 400:
-                name = answer.headers.get("shoal-error", "")
-                raise http_errors.from_response(answer.status, name, answer.body.decode("utf-8", "replace"))
-            return answer
 
     def read_into(
         self, address: str, target: str, start: int, end: int, view: memoryview, *, is_hasty: bool = False

@@ -8,6 +8,8 @@ that could go wrong. So, when nothing came for as long as the node usually takes
     a probe         on another connection (`shoal.liveness`). No answer: the circuit opens, the next node is asked
     a hedge         the same bytes from other nodes in turn, if they have them cached: the first that has them wins
 
+A node that sends, but next to nothing, is hedged in the same way, without the probe.
+
 The rule: one thread looks at all of them, and the loser's connection is closed before the winner's bytes are received;
 so no two ever write into one buffer.
 """
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 #: An address that leaves a probe unanswered for so long is taken for grey where others can be asked instead, and where
 #: there is nobody else: a machine so short of processors that its servers are late is better waited for.
 HASTY_S, PATIENT_S = 0.2, 5.0
+#: Fewer bytes a second than this are worth asking another node.
+SLOW_BYTES_PER_S = 1 << 20
 #: A node that answered a probe and is still silent is probed again after this.
 PROBE_AGAIN_S = 0.25
 _GOOD_ANSWER = b"HTTP/1.1 20"
@@ -65,7 +69,6 @@ class Watch:
         self,
         transport: Transport,
         address: str,
-        *,
         until: float = math.inf,
         hedges: Hedges | None = None,
         is_hasty: bool = False,
@@ -77,7 +80,26 @@ class Watch:
         self._pulse: _Pulse | None = None
         self.until = until
 
-    def expired(self) -> DeadlineExceeded:
+    def look(self, came: int, seconds: float, good: int) -> None:
+        """See `shoal.connection.Watch`. Asks others for what they have cached, where the bytes come too slowly.
+
+        Raises:
+            Superseded: another node has the bytes.
+            DeadlineExceeded: the caller's time is over.
+        """
+        if time.monotonic() > self.until:
+            raise self._expired()
+        if self._hedges is None or came >= SLOW_BYTES_PER_S * seconds:
+            return
+        for hedge in self._hedges(good):
+            poll = select.poll()
+            poll.register(hedge.fileno(), select.POLLIN)
+            if poll.poll(int(HASTY_S * 1000)) and hedge.peek(len(_GOOD_ANSWER)) == _GOOD_ANSWER:
+                log.info("%s sent %d bytes in %.1f s, another node has them", self._address, came, seconds)
+                raise Superseded(hedge, good)
+            hedge.close()
+
+    def _expired(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"{self._address} did not give all bytes in time")
 
     def silent(self, connection: Connection, good: int) -> None:
@@ -97,7 +119,7 @@ class Watch:
         try:
             vigil.keep(self.until, self._hedges(good) if self._hedges is not None else iter(()))
         except TimeoutError as error:
-            raise self.expired() from error
+            raise self._expired() from error
         finally:
             vigil.end()
 

@@ -18,15 +18,15 @@ from tests.support.minicluster import MiniCluster
 from tests.support.waiting import wait_for
 
 KIB = 1 << 10
-OBJECTS = {f"{n}": random.Random(n).randbytes(150 * KIB) for n in range(12)}
+OBJECTS = {f"{n}": random.Random(n).randbytes(30 * KIB) for n in range(12)}
 
 
 @pytest.fixture
 def on_small_drive(tmp_path: Path) -> Iterator[MiniCluster]:
-    """A node that may use 1 GiB, on a drive of 2 MiB."""
+    """A node that may use 1 GiB, on a drive of 1 MiB."""
     with (
-        filesystems.memory(tmp_path / "node0", 2 << 20),
-        MiniCluster(tmp_path, OBJECTS, part_size=16 * KIB, shard_size=64 * KIB, retry_s=0.2) as cluster,
+        filesystems.memory(tmp_path / "node0", 1 << 20),
+        MiniCluster(tmp_path, OBJECTS, part_size=4 * KIB, shard_size=16 * KIB, retry_s=0.2) as cluster,
     ):
         yield cluster
 
@@ -48,7 +48,7 @@ def test_full_drive_passes_through_says_so_and_recovers(on_small_drive: MiniClus
     assert node.condition.startswith("passing reads through: ")
     before = cluster.origin.bytes_read
     read_all(cluster)
-    assert cluster.origin.bytes_read == before + 11 * 150 * KIB, "what is cached is served, the rest passes through"
+    assert cluster.origin.bytes_read == before + 11 * 30 * KIB, "what is cached is served, the rest passes through"
     assert node.store.sealed_sizes() == cached
     cluster.run(node.fills.settle())
     assert (node.store.reserved_bytes, list((tmp_path / "node0" / "filling").iterdir())) == (0, [])
@@ -66,7 +66,7 @@ def test_drive_that_fills_up_in_the_middle_of_a_shard(on_small_drive: MiniCluste
     """Room for some parts of an object and not for all: the reader notices nothing."""
     filler = filesystems.fill_up(tmp_path / "node0")
     with filler.open("rb+") as file:
-        file.truncate(file.seek(0, 2) - 100 * KIB)
+        file.truncate(file.seek(0, 2) - 20 * KIB)
     read_all(on_small_drive)
     assert "is full" in on_small_drive.nodes[0].condition
 

@@ -101,6 +101,7 @@ FAULTS = {
     "cut within the body": Fault(cut_after=100_000),
     "reset within the body": Fault(cut_after=100_000, is_reset=True),
     "delays": Fault(delay_s=0.4),
+    "trickles": Fault(bytes_per_s=100_000),
     "one flipped bit": Fault(flip=(70_000,)),
 }
 
@@ -128,6 +129,18 @@ def test_stopped_owner_costs_the_origin_nothing_where_there_is_a_copy(two_copies
     proxy.stop()
     for path in owned * 2:
         assert fs.cat_file(f"set/{path}") == PLAIN[path]
+    assert two_copies.cluster.origin.bytes_read == before
+
+
+def test_trickling_owner_gives_way_to_a_copy(two_copies: Grey) -> None:
+    """At this rate it would take a hundred seconds: what came is kept, and the rest comes from the other one."""
+    proxy, owned = two_copies.victim()
+    fs = two_copies.filesystem()
+    before = two_copies.cluster.origin.bytes_read
+    proxy.choose = lambda number: Fault(bytes_per_s=2_000)
+    began = time.monotonic()
+    assert fs.cat_file(f"set/{owned[0]}") == PLAIN[owned[0]]
+    assert time.monotonic() - began < SANE_S
     assert two_copies.cluster.origin.bytes_read == before
 
 

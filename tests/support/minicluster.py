@@ -122,11 +122,9 @@ class MiniCluster:
         self.snapshot = Snapshot.open(path)
         self.nodes: list[CacheNode] = []
         self.servers: list[HttpServer] = []
+        settings = {"fetches": 4, "part_size": part_size, "scrub_rate": 0} | settings  # no read that no test asked for
         self._configs = [
-            Config(
-                directory / f"node{i}", capacity_bytes, {"host": f"h{i}"}, fetches=4, part_size=part_size, **settings
-            )
-            for i in range(nodes)
+            Config(directory / f"node{i}", capacity_bytes, {"host": f"h{i}"}, **settings) for i in range(nodes)
         ]
         for index in range(nodes):
             node, server = self.run(self._start(index, 0))
