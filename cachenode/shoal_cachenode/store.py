@@ -202,7 +202,7 @@ class Store:
             raise
 
     def _verify_once(self, key: Key, fd: int, header: ShardHeader) -> None:
-        damage = check(fd, header)
+        damage = check(fd, header, self.operations.beat)
         if damage is not None:
             raise _Damaged(damage)
         header.generation = self.generation
@@ -222,7 +222,7 @@ class Store:
         if file is None:
             return None
         try:
-            damage = check(file.fd, file.header)
+            damage = check(file.fd, file.header, self.operations.beat)
         finally:
             file.release()
         if damage is not None:
