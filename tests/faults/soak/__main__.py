@@ -9,10 +9,12 @@ import contextlib
 import faulthandler
 import json
 import os
+import re
 import subprocess
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ from tests.faults.soak.chaos import Chaos
 from tests.faults.soak.report import Memory, Report
 from tests.faults.soak.verdict import Facts, Window, judge
 from tests.faults.soak.world import LAST_ROUND_S, SMALL_DISKS, World
-from tests.support.processes import files_of
+from tests.support.processes import files_of, sockets_of, tcp_ends
 from tests.support.waiting import wait_for
 
 _SAMPLE_S = 2.0
@@ -34,6 +36,7 @@ _AROUND_S = 420.0
 _SETTLE_S = 3.0
 _TRACEBACK = "Traceback (most recent call last)"
 #: Gauges that are zero when nobody reads; those that a node does not have yet are left out.
+MOST_DESCRIPTORS = 150  # kept connections among nodes and with the controller, and a process's own
 GAUGES = ("shoal_node_fills", "shoal_node_fetches", "shoal_node_reserved_bytes")
 
 
@@ -82,17 +85,18 @@ def soak(
             log("begun")
             chaos.run()
             log("healing")
-            world.heal()
-            time.sleep(_SETTLE_S)
+            report.defects += [{"heal": sentence} for sentence in _told(_healed(world))]
             log("the last round")
             _last_round(world)
             report.memory = sampler.end()
+            report.defects += [{"memory": m.name, "growth_mib": m.growth_mib} for m in report.memory if not m.is_flat]
             windows = [Window(h.action.kind, h.start, h.end) for h in chaos.happenings if not h.skipped]
             facts = Facts(windows, world.replaced, world.served)
-            report.defects, explained = judge(world.words, facts)
+            unexplained, explained = judge(world.words, facts)
+            report.defects += unexplained
             report.explained = {f"{error}: {reason}": count for (error, reason), count in explained.items()}
             report.defects += [{"failed": failure} for failure in chaos.failures]
-            report.defects += [{"left": sentence} for sentence in _left_behind(world)]
+            report.defects += [{"left": sentence} for sentence in _told(_left_behind(world))]
             everybody = [*world.readers, *world.killed_readers]
             report.reads, report.bytes = sum(r.reads for r in everybody), sum(r.bytes for r in everybody)
             report.actions = dict(Counter(str(h.action.kind) for h in chaos.happenings if not h.skipped))
@@ -100,10 +104,17 @@ def soak(
             report.durations = report_module.durations(
                 *report_module.read_times(directory.glob("times-*.f64")), windows
             )
-        report.defects += [{"log": sentence} for sentence in _tracebacks(directory)]
+        report.defects += [{"log": sentence} for sentence in _told(_tracebacks(directory))]
     finally:
         faulthandler.cancel_dump_traceback_later()
     return report
+
+
+def _healed(world: World) -> Iterator[str]:
+    """Heal the world; says nothing, unless that fails."""
+    world.heal()
+    time.sleep(_SETTLE_S)
+    yield from ()
 
 
 def _last_round(world: World) -> None:
@@ -119,6 +130,14 @@ def _last_round(world: World) -> None:
         reader.kill()
 
 
+def _told(sentences: Iterator[str]) -> Iterator[str]:
+    """`sentences`, and that no more of them can be had where that is so: half an hour's figures are not lost for it."""
+    try:
+        yield from sentences
+    except Exception:  # noqa: BLE001
+        yield f"could not be looked at: {traceback.format_exc()}"
+
+
 def _left_behind(world: World) -> Iterator[str]:
     """What the nodes hold, have open or have counted although nobody reads any more."""
     while not world.cluster.deaths.empty():
@@ -127,8 +146,11 @@ def _left_behind(world: World) -> Iterator[str]:
         node = world.cluster.nodes[index]
 
         def is_idle(index: int = index) -> bool:
-            found = {name: value for name, value in world.metrics(index).items() if name in GAUGES and value}
-            assert not found, found
+            metrics = world.metrics(index)
+            found = {name: metrics[name] for name in GAUGES if metrics.get(name)}
+            # One connection is the look itself; those among nodes are kept.
+            foreign = metrics["shoal_node_connections"] - 1 - _connections_from_nodes(world, index)
+            assert not found and foreign <= 0, f"still at work: {found}, {foreign:.0f} connections of readers"
             return True
 
         try:
@@ -140,9 +162,21 @@ def _left_behind(world: World) -> Iterator[str]:
         if used != on_disk:
             yield f"{node.name}: the ledger says {used} bytes, the files {on_disk}"
         yield from (f"{node.name}: stray file {path}" for path in _strays(world, index))
-        gone = [path for path in files_of(node.pid) if path.endswith("(deleted)") and "/cluster/" in path]
+        opened = files_of(node.pid)
+        gone = [path for path in opened if path.endswith("(deleted)") and "/cluster/" in path]
         if gone:
             yield f"{node.name}: {len(gone)} deleted files are still open, such as {gone[0]}"
+        others = len(list(Path(f"/proc/{node.pid}/fd").iterdir())) - sum("/shards/" in path for path in opened)
+        if others > MOST_DESCRIPTORS:
+            yield f"{node.name}: {others} descriptors are open besides those of shards"
+
+
+def _connections_from_nodes(world: World, index: int) -> int:
+    """Connections that other nodes keep to this one."""
+    (port,) = re.findall(r":(\d+)$", world.cluster.node_endpoints[index])
+    inodes = set().union(*(sockets_of(node.pid) for node in world.cluster.nodes if node.is_running))
+    ends = tcp_ends()
+    return sum(end.peer_port == int(port) and end.inode in inodes for end in ends.values())
 
 
 def _sizes(world: World, index: int) -> Iterator[int]:
@@ -191,6 +225,8 @@ def main(
     with contextlib.ExitStack() as stack:
         directory = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-soak-")))
         directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise click.UsageError(f"{directory} is not empty: give --keep another directory")
         report = soak(
             minutes=minutes,
             seed=seed,

@@ -38,7 +38,7 @@ READS_PINNED = 600
 #: A read that takes longer has its stacks written down.
 LATE_S = 60.0
 _PAUSE_S = 0.02
-_HELD = 6
+_HELD, _HELD_COPY_BYTES = 6, 1 << 20
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -284,7 +284,9 @@ class Reads:
         return start, min(each.size_bytes, start + self._rng.randrange(1, self._rng.choice((4096, 300_000, most)) + 1))
 
     def _hold(self, each: Found, start: int, buffer: pa.Buffer) -> None:
-        """Keep a buffer, to look at it again when its file may be gone."""
+        """Keep a buffer, to look at it again when its file may be gone; of those that are copies, the small ones."""
+        if buffer.is_mutable and buffer.size > _HELD_COPY_BYTES:
+            return
         self._held.append((each, start, buffer))
         if len(self._held) > _HELD:
             self._held.popleft()

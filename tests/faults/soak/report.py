@@ -16,6 +16,8 @@ from tests.faults.soak.verdict import Window
 
 #: A fault is felt so long after it ended: connections are made again, maps fetched.
 AFTERMATH_S = 1.0
+#: Growth that is none, in a process that lived so long.
+FLAT_MIB, LONG_LIFE_S = 64.0, 300.0
 _MIB = 1 << 20
 
 
@@ -58,6 +60,7 @@ class Memory:
 
     Attributes:
         mib_per_hour: slope of a line through the second half of its samples.
+        growth_mib: from the second quarter of its life to the last, by their medians.
     """
 
     name: str
@@ -66,13 +69,21 @@ class Memory:
     last_mib: float
     max_mib: float
     mib_per_hour: float
+    growth_mib: float
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it did not grow; short lives say nothing, because a process takes what it needs first."""
+        return self.lived_s < LONG_LIFE_S or self.growth_mib < FLAT_MIB
 
     @classmethod
     def of(cls, name: str, samples: Sequence[tuple[float, int]]) -> Memory:
         at, size = np.array(samples, np.float64).T
         half = len(at) // 2
         slope = float(np.polyfit(at[half:] - at[half], size[half:], 1)[0]) if len(at) - half > 2 else 0.0
-        mib = [round(float(x) / _MIB, 1) for x in (size[0], size[-1], size.max(), slope * 3600)]
+        quarter = max(1, len(at) // 4)
+        growth = np.median(size[-quarter:]) - np.median(size[quarter : 2 * quarter] if len(at) > 4 else size)
+        mib = [round(float(x) / _MIB, 1) for x in (size[0], size[-1], size.max(), slope * 3600, growth)]
         return cls(name, round(float(at[-1] - at[0]), 1), *mib)
 
 
@@ -110,14 +121,11 @@ class Report:
         lines += ["", *(f"not done: {count} x {what}" for what, count in self.skipped.items())]
         lines += ["", "errors that the faults explain:" if self.explained else "no errors that the faults explain"]
         lines += [f"  {count:>6} {what}" for what, count in self.explained.items()]
-        lines += [
-            "",
-            f"{'memory, MiB (anonymous)':30} {'lived s':>8} {'first':>8} {'last':>8} {'max':>8} {'per hour':>9}",
-        ]
+        head = ("lived s", "first", "last", "max", "per hour", "growth")
+        lines += ["", f"{'memory, MiB (anonymous)':30}" + "".join(f"{word:>10}" for word in head)]
         for m in sorted(self.memory, key=lambda m: (m.name, -m.lived_s)):
-            lines.append(
-                f"{m.name:30} {m.lived_s:>8} {m.first_mib:>8} {m.last_mib:>8} {m.max_mib:>8} {m.mib_per_hour:>9}"
-            )
+            figures = (m.lived_s, m.first_mib, m.last_mib, m.max_mib, m.mib_per_hour, m.growth_mib)
+            lines.append(f"{m.name:30}" + "".join(f"{figure:>10}" for figure in figures))
         lines += ["", f"{len(self.defects)} defects" if self.defects else "no defects"]
         kinds = Counter(_kind(defect) for defect in self.defects)
         lines += [f"  {count:>6} {kind}" for kind, count in kinds.most_common()]

@@ -291,6 +291,8 @@ class World:
             word["held"] = bool(word.get("names")) and all(self._is_held(name, word["start"]) for name in word["names"])
         with self._lock:
             self.words.append(word)
+            with (self.directory / "words.jsonl").open("a") as file:
+                file.write(json.dumps(word) + "\n")
 
     # Files of the nodes
 
