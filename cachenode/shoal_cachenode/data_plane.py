@@ -108,7 +108,7 @@ class DataPlane:
             try:
                 file = await self.sealed(spec)
             except (OSError, DiskStalls) as error:
-                log.warning("shard %s is not read from the drive: %s", spec.key.hex(), error)
+                log.debug("shard %s is not read from the drive: %s", spec.key.hex(), error)
                 if only_cached:
                     raise NotCached(f"shard {spec.key.hex()} cannot be read here now") from error
                 body = await _begun(self.through(spec, wanted.start, wanted.end))

@@ -32,6 +32,7 @@ TARGET = "/v1/alive"
 PROBE_S = 0.2
 #: The longest wait between two looks at the clock. A look that comes later than it should was this process's pause.
 SLICE_S = 0.05
+DRIVE_HANGS = "its drive hangs"
 _HEAD_BYTES = 12  # of "HTTP/1.1 200"
 
 
@@ -85,7 +86,7 @@ class Probe:
                 return str(error)
             return None
         if head.endswith(b"503"):
-            return "its drive hangs"
+            return DRIVE_HANGS
         return ""
 
     def close(self) -> None:
