@@ -74,7 +74,7 @@ class NodeCollector(Collector):
             "shoal_node_connections": ("Open data connections.", self._server.open_connections),
             "shoal_node_silent_peers": (
                 "Other processes that do not answer this node.",
-                node.transport.health.open_count,
+                len(node.transport.health.circuits),
             ),
             "shoal_node_epoch": ("Epoch of the cluster map in use.", node.library.knowledge.cluster_map.epoch),
             "shoal_node_healthy": ("1 while the drive works.", 0 if node.disk.fault else 1),

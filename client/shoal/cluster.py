@@ -99,8 +99,9 @@ class Cluster:
     def avoiding(self, asked: str) -> dict[str, str]:
         """The header that tells the node at `asked` which others do not answer this process; mostly none."""
         health = self.transport.health
-        if not health.has_open:
+        if not health.circuits:
             return {}
+        self.transport.prober.keep_on()
         others = ((node.id, self.address_of(node)) for node in self._map.nodes)
         return shard_client.avoiding(node for node, address in others if address != asked and health.is_open(address))
 

@@ -54,6 +54,10 @@ class Watch(Protocol):
 
     until: float
 
+    def end(self) -> None:
+        """The request is over."""
+        ...
+
     def look(self, came: int, seconds: float, good: int) -> None:
         """So much of the body came in the last `seconds`, and `good` is as in `silent`. Return to go on, or raise."""
         ...
@@ -152,9 +156,11 @@ class Connection:
         self._asked_at = monotonic()
         sent = 0
         try:
-            while sent < len(request):
+            while True:
                 try:
                     sent += self._sock.send(memoryview(request)[sent:] if sent else request)
+                    if sent == len(request):
+                        return
                 except BlockingIOError:
                     watch.silent(self, 0)
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -276,18 +282,13 @@ class Connection:
         receive_into = self._sock.recv_into
         looked_at, seen = self._asked_at, 0
 
-        def good() -> int:
-            if half_is_useless:
-                return 0
-            return received if check is None else check.trusted_bytes
-
         try:
             while received < length:
                 stop = length if check is None else min(length, received + _CHECK_STRIDE)
                 try:
                     count = receive_into(view[received:stop])
                 except BlockingIOError:
-                    watch.silent(self, good())
+                    watch.silent(self, _good(received, check, half_is_useless))
                     continue
                 if count == 0:
                     raise ConnectionResetError("it closed the connection within the body")
@@ -295,13 +296,23 @@ class Connection:
                 if check is not None and received - checked >= _CHECK_STRIDE:
                     check.update(view[checked:received])
                     checked = received
+                if received == length:
+                    break
                 now = monotonic()
                 if now - looked_at > LOOK_EVERY_S or now > watch.until:  # a trickle is never silent
-                    watch.look(received - seen, now - looked_at, good())
+                    watch.look(received - seen, now - looked_at, _good(received, check, half_is_useless))
                     looked_at, seen = now, received
         except (Interrupted, DeadlineExceeded):
             raise  # the watch has spoken; both are OSErrors too
         except OSError as error:
-            raise Interrupted(f"the connection failed after {received} of {length} bytes: {error}", good()) from error
+            good = _good(received, check, half_is_useless)
+            raise Interrupted(f"the connection failed after {received} of {length} bytes: {error}", good) from error
         if check is not None:
             check.update(view[checked:received])
+
+
+def _good(received: int, check: PartCheck | None, half_is_useless: bool) -> int:
+    """How many of the bytes that came need not come again if the rest fails."""
+    if half_is_useless:
+        return 0
+    return received if check is None else check.trusted_bytes

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from shoal import memory, shard_client, transport
 from shoal.cluster_map import Node
-from shoal.connection import DescriptorsLost, Interrupted
+from shoal.connection import Connection, DescriptorsLost, Interrupted
 from shoal.errors import DeadlineExceeded, NodeUnavailable, ShardCorrupt, ShoalError
 from shoal.local import TAKES_DESCRIPTORS
 from shoal.shard_client import ShardAt
@@ -85,8 +85,9 @@ class PieceRead:
         "_piece",
         "_shard",
         "_target",
-        "_until",
         "_verify",
+        "_watch",
+        "until",
     )
 
     def __init__(
@@ -104,11 +105,10 @@ class PieceRead:
         self._piece = piece
         self._target = target
         self._candidates_of = candidates_of
-        self._until = until
+        self.until = until
         self._verify = verify
         self._is_hasty = True
-        self._asked: Node | None = None
-        self._hedged: Node | None = None
+        self._watch: Watch | None = None
 
     def from_nodes(self) -> pa.Buffer | None:
         """Receive the piece; or the whole shard, mapped, where the local node passed its descriptor.
@@ -151,7 +151,7 @@ class PieceRead:
             self._target.done += error.received
         elif isinstance(error, DeadlineExceeded) or not transport.is_worth_another_node(error):
             raise error
-        if time.monotonic() > self._until:
+        if time.monotonic() > self.until:
             raise DeadlineExceeded(str(error)) from error
         return before if isinstance(before, ShardCorrupt) else error
 
@@ -166,28 +166,31 @@ class PieceRead:
     def _from_node(self, node: Node, headers: Mapping[str, str]) -> pa.Buffer | None:
         """From `node`, or from whoever was faster."""
         cluster, piece, target = self._cluster, self._piece, self._target
-        more = {**headers, **self._hints(node)}
+        left_s = self.until - time.monotonic()
+        if left_s < READ_TIMEOUT_S or cluster.transport.health.circuits:
+            headers = {**headers, **self._hints(node, left_s)}
         begun: Pending | None = None
         local = cluster.local
         is_mappable = local is not None and node.id == local.node_id
         while True:
-            address, start = cluster.address_of(node), piece.start + target.done
             self._asked = node
-            watch = Watch(cluster.transport, address, self._until, self._hedges, self._is_hasty)
             try:
-                if begun is None:
-                    asked = {**more, **TAKES_DESCRIPTORS} if is_mappable else more
-                    begun = shard_client.begin(
-                        cluster.transport, address, self._shard, start, piece.end, self._verify, asked, watch
-                    )
-                answer = shard_client.finish(
-                    cluster.transport, begun, self._shard, start, piece.end, target.view, self._verify, watch
+                answer = shard_client.read(
+                    cluster.transport,
+                    cluster.address_of(node),
+                    self._shard,
+                    piece.start + target.done,
+                    piece.end,
+                    target.view,
+                    verify=self._verify,
+                    headers={**headers, **TAKES_DESCRIPTORS} if is_mappable else headers,
+                    watch=self,
+                    begun=begun,
                 )
             except DescriptorsLost:
-                begun, is_mappable = None, False
+                is_mappable = False
                 continue
             except Superseded as faster:
-                assert self._hedged is not None
                 target.done += faster.received
                 node, begun, is_mappable = self._hedged, faster.pending, False
                 continue
@@ -197,7 +200,26 @@ class PieceRead:
             whole = local.adopt(self._shard.id, answer)
             if whole is not None:
                 return whole
-            begun, is_mappable = None, False
+            is_mappable = False
+
+    # As `shoal.connection.Watch`: the real one is made when the first silence comes, which is mostly never.
+
+    def silent(self, connection: Connection, good: int) -> None:
+        self._real_watch().silent(connection, good)
+
+    def look(self, came: int, seconds: float, good: int) -> None:
+        self._real_watch().look(came, seconds, good)
+
+    def end(self) -> None:
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
+
+    def _real_watch(self) -> Watch:
+        if self._watch is None:
+            address = self._cluster.address_of(self._asked)
+            self._watch = Watch(self._cluster.transport, address, self.until, self._hedges, self._is_hasty)
+        return self._watch
 
     def _candidates(self) -> Iterable[Node]:
         return self._candidates_of(self._piece.index)
@@ -205,22 +227,15 @@ class PieceRead:
     def _hedges(self, received: int) -> Iterator[Pending]:
         """Ask others in turn for what they have cached of the bytes after `received`; the last asked is `_hedged`."""
         asked, start, count = self._asked, self._piece.start + self._target.done + received, 0
+        wire = self._cluster.transport
         for node in self._candidates():
             address = self._cluster.address_of(node)
             if count == MAX_HEDGES:
                 return
-            if (asked is not None and node.id == asked.id) or self._cluster.transport.health.is_open(address):
+            if node.id == asked.id or wire.health.is_open(address):
                 continue
             try:
-                pending = shard_client.begin(
-                    self._cluster.transport,
-                    address,
-                    self._shard,
-                    start,
-                    self._piece.end,
-                    self._verify,
-                    shard_client.ONLY_IF_CACHED,
-                )
+                pending = shard_client.begin(wire, address, self._shard, start, self._piece.end, verify=self._verify)
             except ShoalError as error:
                 log.debug("no hedge from node %s: %s", node.id, error)
                 continue
@@ -228,13 +243,11 @@ class PieceRead:
             self._hedged = node
             yield pending
 
-    def _hints(self, node: Node) -> dict[str, str]:
+    def _hints(self, node: Node, left_s: float) -> dict[str, str]:
         """What the node asked should know: whom to avoid, and how long it is waited for."""
-        cluster = self._cluster
-        hints = cluster.avoiding(cluster.address_of(node)) if cluster.transport.health.has_open else {}
-        left_s = self._until - time.monotonic()
         if left_s <= 0:
             raise DeadlineExceeded(f"no time was left to ask node {node.id}")
+        hints = self._cluster.avoiding(self._cluster.address_of(node))
         if left_s < READ_TIMEOUT_S:
             hints[shard_client.TIMEOUT] = f"{left_s:.3f}"
         return hints

@@ -40,17 +40,18 @@ class Latency:
         patience_s: how long a silence is ordinary.
     """
 
-    __slots__ = ("_count", "_samples", "patience_s")
+    __slots__ = ("_samples", "_until_look", "patience_s")
 
     def __init__(self) -> None:
         self._samples: deque[float] = deque(maxlen=SAMPLES)
-        self._count = 0
+        self._until_look = LOOK_EVERY
         self.patience_s = FIRST_PATIENCE_S
 
     def add(self, seconds: float) -> None:
         self._samples.append(seconds)
-        self._count += 1
-        if self._count % LOOK_EVERY == 0:
+        self._until_look -= 1
+        if self._until_look <= 0:
+            self._until_look = LOOK_EVERY
             ranked = sorted(self._samples.copy())
             wanted = PATIENCE_FACTOR * ranked[int(QUANTILE * (len(ranked) - 1))]
             self.patience_s = next((step for step in PATIENCE_STEPS_S if step >= wanted), PATIENCE_STEPS_S[-1])
@@ -66,17 +67,21 @@ class Circuit:
 
 
 class Health:
-    """All addresses that one `Transport` knows. Thread-safe."""
+    """All addresses that one `Transport` knows. Thread-safe.
+
+    Attributes:
+        circuits: the open ones by address; mostly none is. To be looked at only.
+    """
 
     def __init__(self, draw: random.Random | None = None) -> None:
         self._latencies: dict[str, Latency] = {}
-        self._circuits: dict[str, Circuit] = {}
+        self.circuits: dict[str, Circuit] = {}
         self._draw = draw or random.Random()
         self.reset_lock()
 
     def reset_lock(self) -> None:
         """A new lock, for a fork's child: the thread that held the old one is not there to release it."""
-        self._lock = threading.Lock()  # guards changes of _circuits; reads of single keys go without
+        self._lock = threading.Lock()  # guards changes of circuits; reads of single keys go without
 
     def latency(self, address: str) -> Latency:
         found = self._latencies.get(address)
@@ -86,49 +91,40 @@ class Health:
             found = self._latencies.setdefault(address, Latency())
         return found
 
-    @property
-    def has_open(self) -> bool:
-        """Whether any circuit is open: mostly none is, and then there is nothing to ask for each."""
-        return bool(self._circuits)
-
-    @property
-    def open_count(self) -> int:
-        return len(self._circuits)
-
     def is_open(self, address: str) -> bool:
-        return address in self._circuits
+        return address in self.circuits
 
     def reason(self, address: str) -> str:
         """Why the circuit is open; "" where it is not."""
-        circuit = self._circuits.get(address)
+        circuit = self.circuits.get(address)
         return circuit.reason if circuit is not None else ""
 
     def failed(self, address: str, reason: str, now: float) -> bool:
         """`address` did not answer: open its circuit, or wait longer until the next probe. Whether it was closed."""
         with self._lock:
-            known = self._circuits.get(address)
+            known = self.circuits.get(address)
             backoff_s = MIN_BACKOFF_S if known is None else min(MAX_BACKOFF_S, 2 * known.backoff_s)
             if known is not None and now < known.due_at:
                 return False  # of many readers that find the same, the first sets the pace
-            if known is None and len(self._circuits) >= MAX_ADDRESSES:
+            if known is None and len(self.circuits) >= MAX_ADDRESSES:
                 return False
             due_at = now + backoff_s * self._draw.uniform(0.5, 1.0)
-            self._circuits[address] = Circuit(reason, backoff_s, due_at)
+            self.circuits[address] = Circuit(reason, backoff_s, due_at)
             return known is None
 
     def answered(self, address: str) -> bool:
         """`address` gave an answer: close its circuit. Whether it was open."""
-        if address not in self._circuits:
+        if address not in self.circuits:
             return False
         with self._lock:
-            return self._circuits.pop(address, None) is not None
+            return self.circuits.pop(address, None) is not None
 
     def due(self, now: float) -> list[str]:
         """Addresses whose next probe is due."""
         with self._lock:
-            return [address for address, circuit in self._circuits.items() if circuit.due_at <= now]
+            return [address for address, circuit in self.circuits.items() if circuit.due_at <= now]
 
     def next_due_at(self) -> float | None:
         """When the next probe is due; None where no circuit is open."""
         with self._lock:
-            return min((circuit.due_at for circuit in self._circuits.values()), default=None)
+            return min((circuit.due_at for circuit in self.circuits.values()), default=None)

@@ -142,6 +142,11 @@ class Prober:
                 self._thread = threading.Thread(target=self._run, name="shoal-probe", daemon=True)
                 self._thread.start()
 
+    def keep_on(self) -> None:
+        """A circuit is open: see that somebody probes it. In a fork's child nobody does yet."""
+        if self._thread is None:
+            self.wake()
+
     def ask(self, address: str) -> None:
         """Find out soon whether `address` is alive, and open its circuit where it is not."""
         with self._lock:
@@ -174,7 +179,7 @@ class Prober:
             self._news.wait(max(0.0, due_at - time.monotonic()))
             return True
         with self._lock:
-            if self._asked:
+            if self._asked or self._news.is_set():
                 return True
             self._thread = None
             return False

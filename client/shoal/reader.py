@@ -154,7 +154,7 @@ class ObjectReader:
         Raises:
             ClusterUnavailable: no node may own the shard.
         """
-        if failed or self._cluster.transport.health.has_open:
+        if failed or self._cluster.transport.health.circuits:
             nodes = list(self.candidates(index))
             return next((node for node in nodes if self._cluster.address_of(node) not in failed), nodes[0])
         placement = self._cluster.placement(self._snapshot, self._replicas)
@@ -265,7 +265,7 @@ class ObjectReader:
         Those that do not answer this process (`shoal.health`) come last. Raises ClusterUnavailable.
         """
         health = self._cluster.transport.health
-        if not health.has_open:
+        if not health.circuits:
             return self._preferred(index)
         return sorted(self._preferred(index), key=lambda node: health.is_open(self._cluster.address_of(node)))
 

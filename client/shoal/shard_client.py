@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from shoal import checksums, memory
+from shoal import watch as watches
 from shoal.checksums import PartCheck
-from shoal.connection import Answer, MakeView
+from shoal.connection import Answer, MakeView, Watch
 from shoal.errors import ShardCorrupt
 from shoal.maps import ShardId
 from shoal.transport import Pending, Transport
-from shoal.watch import Watch
 from shoal.wire import batch
 from shoal.wire.batch import ShardRange
 
@@ -82,6 +82,7 @@ def read(
     verify: bool,
     headers: Mapping[str, str],
     watch: Watch,
+    begun: Pending | None = None,
 ) -> Answer:
     """Receive bytes [start, end) of `shard` from the node at `address` into the view that `make_view` gives.
 
@@ -89,6 +90,7 @@ def read(
         verify: compare the checksum of each whole part in the range.
         headers: more of the request. With `local.TAKES_DESCRIPTORS` the answer may have descriptors instead.
         watch: decides how long a silence is waited for.
+        begun: what `begin` gave for the same range.
 
     Raises:
         Interrupted: the connection failed in the middle; the first `received` bytes are good and need not come again.
@@ -97,40 +99,10 @@ def read(
         NodeUnavailable: no answer.
         ShoalError: the class the node named.
     """
-    pending = begin(transport, address, shard, start, end, verify, headers, watch)
-    return finish(transport, pending, shard, start, end, make_view, verify, watch)
-
-
-def begin(
-    transport: Transport,
-    address: str,
-    shard: ShardAt,
-    start: int,
-    end: int,
-    verify: bool,
-    headers: Mapping[str, str],
-    watch: Watch | None = None,
-) -> Pending:
-    """Send the request of `read`, for `finish`. Raises NodeUnavailable."""
     asked = {"Range": f"bytes={start}-{end - 1}", **headers}
-    if verify:
-        asked.update(WANT_CHECKSUMS)
-    return transport.begin(address, shard.target, asked, watch=watch, is_hasty=True)
-
-
-def finish(
-    transport: Transport,
-    pending: Pending,
-    shard: ShardAt,
-    start: int,
-    end: int,
-    make_view: MakeView,
-    verify: bool,
-    watch: Watch,
-) -> Answer:
-    """Receive the answer to what `begin` asked with the same arguments. Raises as `read`."""
     if not verify:
-        return transport.finish(pending, make_view, watch=watch)
+        return transport.get(address, shard.target, asked, make_view=make_view, watch=watch, is_hasty=True, begun=begun)
+    asked.update(WANT_CHECKSUMS)
 
     def make_check(found: Mapping[str, str]) -> PartCheck | None:
         part_size, sums = found.get("shoal-part-size"), found.get("shoal-checksums")
@@ -139,7 +111,26 @@ def finish(
         expected = None if sums == TRAILING else checksums.decode(sums)
         return PartCheck(start, end, shard.size_bytes, int(part_size), expected)
 
-    return transport.finish(pending, make_view, make_check, watch)
+    return transport.get(
+        address,
+        shard.target,
+        asked,
+        make_view=make_view,
+        make_check=make_check,
+        watch=watch,
+        is_hasty=True,
+        begun=begun,
+    )
+
+
+def begin(transport: Transport, address: str, shard: ShardAt, start: int, end: int, *, verify: bool) -> Pending:
+    """Ask for bytes [start, end) of `shard`, if the node at `address` has them cached; for `read`.
+
+    Raises:
+        NodeUnavailable: it cannot be asked.
+    """
+    asked = {"Range": f"bytes={start}-{end - 1}", **ONLY_IF_CACHED, **(WANT_CHECKSUMS if verify else {})}
+    return transport.begin(address, shard.target, asked)
 
 
 def read_batch(
@@ -174,7 +165,7 @@ def read_batch(
         method="POST",
         content=batch.encode(ranges),
         make_view=lambda: view,
-        watch=Watch(transport, address, until=until, is_hasty=True),
+        watch=watches.Watch(transport, address, until=until, is_hasty=True),
         is_hasty=True,
     )
     if verify:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import httptools
 
+from shoal import connection as connections
 from shoal import errors
 from shoal.connection import (
     Answer,
@@ -53,13 +54,10 @@ MAX_IDLE_S = 60.0
 MAX_IDLE_PER_ADDRESS = 16
 
 
-@dataclass(slots=True)  # not frozen: making a frozen one costs a microsecond, and one is made for each request
+@dataclass(frozen=True, slots=True)
 class Pending:
-    """A request that was sent, and whose answer is awaited: for `Transport.finish`, or `close`."""
+    """A request that was sent, and whose answer is awaited: for `Transport.get`, or `close`."""
 
-    address: str
-    request: bytes
-    method: str
     connection: Connection
 
     def fileno(self) -> int:
@@ -110,8 +108,8 @@ class Transport:
         """Close idle connections."""
         with self._lock:
             idle, self._idle = self._idle, defaultdict(list)
-        for connections in idle.values():
-            for connection in connections:
+        for kept in idle.values():
+            for connection in kept:
                 connection.close()
 
     def get(
@@ -124,8 +122,9 @@ class Transport:
         content: bytes | None = None,
         make_view: MakeView | None = None,
         make_check: MakeCheck | None = None,
-        watch: Watch | None = None,
+        watch: connections.Watch | None = None,
         is_hasty: bool = False,
+        begun: Pending | None = None,
     ) -> Answer:
         """Ask for a resource.
 
@@ -134,6 +133,7 @@ class Transport:
             make_view, make_check: where the body goes and how it is checked; see `Connection.receive`.
             watch: decides how long a silence is waited for; None: one that `is_hasty` or not.
             is_hasty: give up at the first sign of trouble, because another address will do as well.
+            begun: the same request, where `begin` has sent it already.
 
         Raises:
             Interrupted: the connection failed in the middle; the first `received` bytes are in the view.
@@ -143,91 +143,47 @@ class Transport:
             ShardCorrupt: the body does not match its checksums.
             ShoalError: the class the server named.
         """
-        watch = watch or Watch(self, address, is_hasty=is_hasty)
-        pending = self.begin(address, target, headers, method=method, content=content, watch=watch, is_hasty=is_hasty)
-        return self.finish(pending, make_view, make_check, watch)
-
-    def begin(
-        self,
-        address: str,
-        target: str,
-        headers: Mapping[str, str] | None = None,
-        *,
-        method: str = "GET",
-        content: bytes | None = None,
-        watch: Watch | None = None,
-        is_hasty: bool = False,
-    ) -> Pending:
-        """Send a request, for `finish`.
-
-        Args:
-            is_hasty: give up soon where no connection can be made, because another node will do as well.
-
-        Raises:
-            NodeUnavailable: it cannot be sent.
-        """
         request = format_request(address, method, target, headers or {}, content)
-        return self._send(address, request, method, watch or Watch(self, address), is_hasty)
-
-    def _send(self, address: str, request: bytes, method: str, watch: Watch, is_hasty: bool) -> Pending:
-        while True:
-            connection = self._take(address, HASTY_CONNECT_TIMEOUT_S if is_hasty else self._connect_timeout_s)
-            try:
-                connection.send(request, watch)
-                return Pending(address, request, method, connection)
-            except StaleConnection:
-                continue  # the server had closed a kept connection: nothing was asked yet, so ask again
-            except BaseException as error:
-                connection.close()
-                watch.end()
-                if isinstance(error, OSError) and not isinstance(error, ShoalError):
-                    self.suspect(address)
-                    raise NodeUnavailable(f"{address} takes no request: {error}") from error
-                raise
-
-    def finish(
-        self,
-        pending: Pending,
-        make_view: MakeView | None = None,
-        make_check: MakeCheck | None = None,
-        watch: Watch | None = None,
-    ) -> Answer:
-        """Receive the answer to what `begin` sent. Arguments and errors are those of `get`."""
-        address, method = pending.address, pending.method
-        watch = watch or Watch(self, address)
+        watch = watch or Watch(self, address, is_hasty=is_hasty)
+        timeout_s = HASTY_CONNECT_TIMEOUT_S if is_hasty else self._connect_timeout_s
         try:
             while True:
-                connection = pending.connection
+                connection = self._take(address, timeout_s) if begun is None else begun.connection
                 try:
+                    if begun is None:
+                        connection.send(request, watch)
                     answer = connection.receive(method, watch, make_view, make_check)
                 except StaleConnection:
-                    pending = self._send(address, pending.request, method, watch, False)
-                    continue
-                except Interrupted:
-                    connection.close()
-                    self.suspect(address)  # it may have died, or only what it was sending may have failed
-                    raise
-                except (httptools.HttpParserError, KeyError, ValueError) as error:  # KeyError: no Content-Length
-                    connection.close()
-                    raise NodeUnavailable(f"{address} does not speak HTTP as Shoal does: {error}") from error
+                    begun = None
+                    continue  # the server had closed a kept connection: nothing was asked yet, so ask again
                 except BaseException as error:
                     connection.close()
-                    if isinstance(error, OSError) and not isinstance(error, ShoalError):
+                    if isinstance(error, httptools.HttpParserError | KeyError | ValueError):  # no Content-Length
+                        if not isinstance(error, ShoalError):
+                            raise NodeUnavailable(f"{address} does not speak HTTP as Shoal does: {error}") from error
+                    elif isinstance(error, OSError) and not isinstance(error, ShoalError):
                         self.suspect(address)
                         raise NodeUnavailable(f"{address} does not answer: {error or type(error).__name__}") from error
+                    elif isinstance(error, Interrupted):
+                        self.suspect(address)  # it may have died, or only what it was sending may have failed
                     raise
-                if self.health.has_open:
-                    self.health.answered(address)
-                if connection.reusable:
-                    self._give_back(address, connection)
-                else:
-                    connection.close()
-                if answer.status >= 400:
-                    name = answer.headers.get("shoal-error", "")
-                    raise http_errors.from_response(answer.status, name, answer.body.decode("utf-8", "replace"))
-                return answer
+                break
         finally:
             watch.end()
+        if self.health.circuits:
+            self.health.answered(address)
+        if connection.reusable:
+            self._give_back(address, connection)
+        else:
+            connection.close()
+        if answer.status >= 400:
+            name = answer.headers.get("shoal-error", "")
+            raise http_errors.from_response(answer.status, name, answer.body.decode("utf-8", "replace"))
+        return answer
+
+    def begin(self, address: str, target: str, headers: Mapping[str, str]) -> Pending:
+        """Send a GET, for `get`, in a hurry: another address will do as well. Raises NodeUnavailable."""
+        return Pending(self._knock(address, target, headers, HASTY_CONNECT_TIMEOUT_S))
 
     def read_into(
         self, address: str, target: str, start: int, end: int, view: memoryview, *, is_hasty: bool = False
@@ -245,9 +201,14 @@ class Transport:
         Raises:
             NodeUnavailable: it cannot be sent.
         """
-        request = format_request(address, "GET", target, {})
+        return self._knock(address, target, {}, PROBE_S, fresh=fresh)
+
+    def _knock(
+        self, address: str, target: str, headers: Mapping[str, str], timeout_s: float, *, fresh: bool = False
+    ) -> Connection:
+        request = format_request(address, "GET", target, headers)
         while True:
-            connection = self._connect(address, PROBE_S) if fresh else self._take(address, PROBE_S, note=False)
+            connection = self._connect(address, timeout_s) if fresh else self._take(address, timeout_s, note=False)
             try:
                 connection.send(request, Watch(self, address))
                 return connection

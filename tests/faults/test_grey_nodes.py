@@ -15,6 +15,7 @@ from shoal import shards
 from shoal.errors import DeadlineExceeded, InvalidRequest, NodeUnavailable
 from shoal.filesystem import ShoalFileSystem
 from tests.support.minicluster import MiniCluster
+from tests.support.processes import Child, Say
 from tests.support.proxy import HARMLESS, Fault, FaultProxy
 from tests.support.waiting import wait_for
 
@@ -161,6 +162,24 @@ def test_stopped_owner_is_asked_last_and_first_again_when_it_goes_on(one_copy: G
     assert proxy.bytes_from_origin - sent > len(PLAIN[owned[0]])
 
 
+def test_forked_child_knows_what_its_parent_found_and_probes_by_itself(one_copy: Grey) -> None:
+    proxy, owned = one_copy.victim()
+    fs = one_copy.filesystem()
+    health = fs.cluster.transport.health
+    proxy.stop()
+    assert fs.cat_file(f"set/{owned[0]}") == PLAIN[owned[0]]
+
+    def read(say: Say) -> bool:
+        say(health.is_open(proxy.address))
+        wait_for(lambda: fs.cat_file(f"set/{owned[0]}") == PLAIN[owned[0]] and not health.is_open(proxy.address))
+        return True
+
+    with Child(read) as child:
+        assert child.heard()
+        proxy.go_on()
+        assert child.heard()
+
+
 def test_node_that_is_asked_instead_does_not_wait_for_the_stopped_owner(one_copy: Grey) -> None:
     """Its relay would be silent for as long as the owner: it is told to avoid it, and fills from the origin."""
     proxy, owned = one_copy.victim()
@@ -204,7 +223,7 @@ def test_slow_origin_is_waited_for_and_asked_once(tmp_path: Path, monkeypatch: p
         fs = cluster.filesystem()
         assert fs.cat_file("set/0") == PLAIN["0"]
         assert cluster.origin.bytes_read == len(PLAIN["0"])
-        assert not fs.cluster.transport.health.has_open
+        assert not fs.cluster.transport.health.circuits
 
 
 def test_all_nodes_silent_is_one_sentence(one_copy: Grey, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def test_killed_node_is_warm_at_once_and_fetches_nothing_again(
         add_directory(cluster, tmp_path / "origin")
         fs = filesystem(cluster.endpoint)
         assert {p: fs.cat(f"set/{p}") for p in directory_origin} == directory_origin
-        for _ in range(3):
+        for _ in range(2):
             cluster.nodes[0].kill()
             cluster.nodes[0].start()
             cluster.wait_until_joined()
@@ -63,12 +63,12 @@ def test_killed_node_is_warm_at_once_and_fetches_nothing_again(
         assert fetched(cluster) == 0
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_in_the_middle_of_fills_and_reads(tmp_path: Path, seed: int) -> None:
     """Sealed shards are not fetched again, nor are the parts of partial ones; a kill comes at a random moment."""
     dice = random.Random(seed)
     (tmp_path / "origin").mkdir()
-    objects = {f"{n}": random.Random(100 * seed + n).randbytes(3 * PART + n) for n in range(4)}
+    objects = {f"{n}": random.Random(100 * seed + n).randbytes(2 * PART + n) for n in range(3)}
     for path, data in objects.items():
         (tmp_path / "origin" / path).write_bytes(data)
     data_dir = tmp_path / "cluster" / "node-0"
@@ -82,7 +82,7 @@ def test_killed_in_the_middle_of_fills_and_reads(tmp_path: Path, seed: int) -> N
             except ShoalError:
                 pass  # the only node was killed under it
 
-        for _ in range(3):
+        for _ in range(2):
             readers = [threading.Thread(target=read, args=(path,)) for path in objects]
             for reader in readers:
                 reader.start()

@@ -48,9 +48,9 @@ def test_old_answers_are_forgotten() -> None:
 
 def test_circuit_opens_waits_ever_longer_and_closes() -> None:
     health, now = Health(random.Random(1)), 100.0
-    assert not health.has_open and health.next_due_at() is None
+    assert not health.circuits and health.next_due_at() is None
     assert health.failed("a", "refused", now)
-    assert health.has_open and health.is_open("a") and not health.is_open("b")
+    assert health.circuits and health.is_open("a") and not health.is_open("b")
     assert (health.reason("a"), health.reason("b")) == ("refused", "")
     waits = []
     for _ in range(8):
@@ -64,7 +64,7 @@ def test_circuit_opens_waits_ever_longer_and_closes() -> None:
         longest = min(MAX_BACKOFF_S, MIN_BACKOFF_S * 2**number)
         assert longest / 2 <= wait <= longest
     assert health.answered("a") and not health.answered("a")
-    assert not health.has_open and health.due(now + 100) == []
+    assert not health.circuits and health.due(now + 100) == []
     assert health.failed("a", "refused", now)
     due_at = health.next_due_at()
     assert due_at is not None and due_at <= now + MIN_BACKOFF_S, "a new failure begins anew"
@@ -84,4 +84,4 @@ def test_memory_is_bounded() -> None:
     for number in range(2 * MAX_ADDRESSES):
         health.latency(f"{number}")
         health.failed(f"{number}", "gone", 1.0)
-    assert len(health._latencies) <= MAX_ADDRESSES and len(health._circuits) <= MAX_ADDRESSES
+    assert len(health._latencies) <= MAX_ADDRESSES and len(health.circuits) <= MAX_ADDRESSES

@@ -42,13 +42,13 @@ class Requests:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fs: ShoalFileSystem) -> None:
         self.made: list[tuple[str, str]] = []
-        begin = fs.cluster.transport.begin
+        get = fs.cluster.transport.get
 
         def counted(address: str, target: str, *args: Any, **kwargs: Any) -> Any:
             self.made.append((kwargs.get("method", "GET"), target))
-            return begin(address, target, *args, **kwargs)
+            return get(address, target, *args, **kwargs)
 
-        monkeypatch.setattr(fs.cluster.transport, "begin", counted)
+        monkeypatch.setattr(fs.cluster.transport, "get", counted)
 
     def count(self, method: str) -> int:
         return sum(each == method for each, _ in self.made)

@@ -193,8 +193,8 @@ def test_one_request_opens_the_large_shards_behind_it(tmp_path: Path) -> None:
         fs = cluster.filesystem(local=True)
         fs.info("set/0")
         transport, asked = fs.cluster.transport, []
-        begin = transport.begin
-        transport.begin = lambda *a, **k: asked.append(a) or begin(*a, **k)  # type: ignore[func-returns-value, method-assign]
+        get = transport.get
+        transport.get = lambda *a, **k: asked.append(a) or get(*a, **k)  # type: ignore[func-returns-value, method-assign]
         for path, data in large.items():
             assert fs.open_buffer(f"set/{path}").to_pybytes() == data
         assert len(asked) == 2, "one for the five large ones, one for the small one"
