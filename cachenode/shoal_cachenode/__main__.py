@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -53,6 +54,21 @@ Every flag is also an environment variable: SHOAL_CACHENODE_DATA_DIR, SHOAL_CACH
 @click.option("--fetches", default=16, type=click.IntRange(1, 256), help="Part fetches of one dataset at a time.")
 @click.option("--origin-rate", metavar="SIZE", help="Bytes a second to ask of origins.  [default: no limit]")
 @click.option("--max-connections", default=MAX_CONNECTIONS, type=click.IntRange(1), help="Data connections at a time.")
+@click.option("--idle-after", default="1h", metavar="TIME", help="Unused for so long a dataset gives way.")
+@click.option(
+    "--unread-share",
+    default=0.5,
+    type=click.FloatRange(0, 1),
+    help="Of the capacity: so much prefetched data that nobody read yet may take idle datasets' room.",
+)
+@click.option("--scrub-rate", default="16MiB", metavar="SIZE", help="Bytes a second to read and verify; 0: none.")
+@click.option(
+    "--stall-after",
+    default=5.0,
+    type=click.FloatRange(0.1),
+    metavar="SECONDS",
+    help="A drive silent so long hangs.",
+)
 @click.option("--congestion", default="cubic", metavar="NAME", help="TCP congestion control; '': the system's.")
 @click.option("--senders", default=SENDERS, type=click.IntRange(0, 256), help="Threads that send large bodies.")
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
@@ -68,6 +84,10 @@ def main(
     fetches: int,
     origin_rate: str | None,
     max_connections: int,
+    idle_after: str,
+    unread_share: float,
+    scrub_rate: str,
+    stall_after: float,
     congestion: str,
     senders: int,
     log_level: str,
@@ -80,9 +100,17 @@ def main(
         host, port = split_address(listen)
         labels = parse_topology(topology)
         labels.setdefault("host", socket.gethostname())
-        config = Config(data_dir.absolute(), _capacity(data_dir, capacity), labels, fetches)
-        if origin_rate is not None:
-            config = dataclasses.replace(config, origin_bytes_per_s=sizes.parse(origin_rate))
+        config = Config(
+            data_dir.absolute(),
+            _capacity(data_dir, capacity),
+            labels,
+            fetches,
+            idle_after_s=parse_time(idle_after),
+            unread_share=unread_share,
+            scrub_rate=sizes.parse(scrub_rate),
+            stall_s=stall_after,
+            origin_bytes_per_s=sizes.parse(origin_rate) if origin_rate is not None else 0,
+        )
         name = advertise or (host if host not in ("0.0.0.0", "::") else socket.gethostname())
         _raise_open_files()
         limits = _Limits(congestion, senders, max_connections)
@@ -179,6 +207,14 @@ def parse_topology(text: str) -> dict[str, str]:
             raise InvalidRequest(f"{pair!r} is no topology label: write KEY=VALUE, such as zone=a")
         labels[key.strip()] = value.strip()
     return labels
+
+
+def parse_time(text: str) -> float:
+    """Seconds of ``30s``, ``30min``, ``1h`` or ``2d``; a bare number is seconds. Raises InvalidRequest."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)?", text.strip())
+    if found is None:
+        raise InvalidRequest(f"{text!r} is no time: write 30s, 30min, 1h or 2d")
+    return float(found[1]) * {None: 1, "s": 1, "min": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def _capacity(data_dir: Path, text: str | None) -> int:

@@ -156,6 +156,9 @@ def knowledge_of(orders: pb.Orders, controller_grpc: str) -> Knowledge:
                     objects=d.objects,
                     total_bytes=d.bytes,
                     adhoc=d.adhoc,
+                    pinned=d.pinned,
+                    quota_bytes=d.quota_bytes,
+                    direct=d.direct,
                 ),
                 json.loads(d.storage_options or "{}"),
             )

@@ -57,6 +57,10 @@ class Overloaded(ShoalError):
     """The node has no room for the request now: wait and retry."""
 
 
+class DeadlineExceeded(ShoalError, TimeoutError):
+    """The read took longer than its ``timeout``: raise that storage option, or find out what is slow."""
+
+
 class ShardCorrupt(ShoalError):
     """Bytes do not match their checksum: drop them and fetch again."""
 

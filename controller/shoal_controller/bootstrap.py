@@ -55,5 +55,8 @@ class ControllerView:
             )
         return path
 
+    def stalled(self) -> str | None:
+        return None
+
     def ready(self) -> str | None:
         return None if self.grpc_address else "the controller does not take calls yet"

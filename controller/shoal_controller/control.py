@@ -45,6 +45,9 @@ class Control(ControlServicer):
             shard_size=request.shard_size or shards.DEFAULT_SHARD_SIZE,
             replicas=request.replicas or 1,
             storage_options=request.storage_options or "{}",
+            is_pinned=request.pinned,
+            quota_bytes=request.quota_bytes,
+            is_direct=request.direct,
         )
         dataset = await self._catalog.add(wanted)
         await self._until_nodes_serve(dataset)
@@ -61,6 +64,9 @@ class Control(ControlServicer):
         dataset = await self._catalog.refresh(request.name)
         await self._until_nodes_serve(dataset)
         return self._dataset(dataset)
+
+    async def SetDataset(self, request: pb.SetDatasetRequest, context: Any) -> pb.Dataset:
+        return self._dataset(await self._catalog.change(request.name, messages.policy_from_wire(request)))
 
     async def RemoveDataset(self, request: pb.RemoveDatasetRequest, context: Any) -> pb.RemoveDatasetResponse:
         await self._catalog.remove(request.name)

@@ -29,6 +29,7 @@ from shoal_controller.events import (
     LogWarning,
     NodeRegistered,
     NodeReported,
+    PolicyChanged,
     PrefetchCancelled,
     PrefetchRequested,
     PublishJobs,
@@ -48,6 +49,7 @@ from shoal_controller.model import (
     Member,
     Moment,
     Policy,
+    PolicyChange,
     SnapshotInfo,
     State,
 )
@@ -98,6 +100,8 @@ class Core:
                 return self._add(dataset)
             case DatasetRefreshed(dataset, snapshot):
                 return self._refresh(dataset, snapshot, now)
+            case PolicyChanged(name, change):
+                return self._change(name, change)
             case DatasetRemoved(name):
                 return self._remove(name, now)
             case PrefetchRequested():
@@ -164,6 +168,20 @@ class Core:
         actions = self._set_dataset(dataset, dropped=gone)
         reason = f"its snapshot is no longer served: dataset {dataset.name} was refreshed {MAX_SNAPSHOTS} times since"
         return (*actions, *self._cancel_jobs(dataset.name, gone, reason, now))
+
+    def _change(self, name: str, change: PolicyChange) -> tuple[Action, ...]:
+        before = find(self.state.datasets, name)
+        dataset = change.applied_to(before)
+        if dataset == before:
+            return ()
+        self.state = replace(self.state, datasets={**self.state.datasets, name: dataset})
+        saves: tuple[Action, ...] = (SaveDataset(dataset),)
+        if dataset.replicas != before.replicas:
+            # Owners are a function of map and replicas: whoever worked with the old ones, a prefetch's share above all,
+            # works them out anew with a new epoch.
+            self.state = replace(self.state, map=membership.renumbered(self.state.map))
+            saves = (*saves, SaveMap(self.state.map))
+        return (*saves, PublishOrders())
 
     def _remove(self, name: str, now: Moment) -> tuple[Action, ...]:
         dataset = find(self.state.datasets, name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shoal.cluster_map import ClusterMap, Node
-from shoal_controller.model import Dataset, Job, Report, SnapshotInfo
+from shoal_controller.model import Dataset, Job, PolicyChange, Report, SnapshotInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,14 @@ class DatasetRefreshed:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyChanged:
+    """Somebody wants a dataset kept in another way."""
+
+    name: str
+    change: PolicyChange
+
+
+@dataclass(frozen=True, slots=True)
 class DatasetRemoved:
     """Somebody wants the dataset forgotten."""
 
@@ -75,6 +83,7 @@ Event = (
     | TimePassed
     | DatasetAdded
     | DatasetRefreshed
+    | PolicyChanged
     | DatasetRemoved
     | PrefetchRequested
     | PrefetchCancelled

@@ -154,3 +154,8 @@ def next_map(current: ClusterMap, members: Mapping[str, Member], *, reported_epo
     if nodes == current.nodes and reported_epoch <= current.epoch:
         return current
     return ClusterMap(max(current.epoch, reported_epoch) + 1, nodes)
+
+
+def renumbered(current: ClusterMap) -> ClusterMap:
+    """The same nodes under the next epoch: owners changed although no node did."""
+    return ClusterMap(current.epoch + 1, current.nodes)

@@ -14,10 +14,7 @@ from shoal.cluster_map import Node, NodeState
 from shoal.errors import InvalidRequest
 from shoal.wire import shoal_pb2 as pb
 from shoal_controller import status
-from shoal_controller.model import OK, Dataset, Job, Member, Moment, Report, Share, State
-
-#: SQLite keeps signed 64-bit integers, and epochs need room to count on.
-MAX_NUMBER = 1 << 62
+from shoal_controller.model import MAX_NUMBER, OK, Dataset, Job, Member, Moment, PolicyChange, Report, Share, State
 
 
 def node_from_wire(message: pb.Node) -> Node:
@@ -68,6 +65,16 @@ def report_from_wire(message: pb.NodeReport) -> Report:
     )
 
 
+def policy_from_wire(message: pb.SetDatasetRequest) -> PolicyChange:
+    """What of a dataset's policy is to be another."""
+    return PolicyChange(
+        replicas=message.replicas if message.HasField("replicas") else None,
+        is_pinned=message.pinned if message.HasField("pinned") else None,
+        quota_bytes=message.quota_bytes if message.HasField("quota_bytes") else None,
+        is_direct=message.direct if message.HasField("direct") else None,
+    )
+
+
 def node_to_wire(node: Node) -> pb.Node:
     return pb.Node(
         id=node.id, address=node.address, weight=node.weight, topology=dict(node.topology), state=str(node.state)
@@ -96,6 +103,9 @@ def _dataset(dataset: Dataset) -> pb.Dataset:
         created_at=_time(dataset.created_utc_s),
         refreshed_at=_time(dataset.refreshed_utc_s),
         adhoc=dataset.is_adhoc,
+        pinned=dataset.is_pinned,
+        quota_bytes=dataset.quota_bytes,
+        direct=dataset.is_direct,
     )
 
 

@@ -39,7 +39,7 @@ from shoal_controller.events import (
 )
 from shoal_controller.model import Dataset, Job, JobState, SnapshotInfo
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE cluster (
     one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL DEFAULT (lower(hex(randomblob(16)))),
@@ -52,7 +52,8 @@ CREATE TABLE nodes (
 CREATE TABLE datasets (
     name TEXT PRIMARY KEY, origin TEXT NOT NULL, endpoint TEXT NOT NULL, shard_size INTEGER NOT NULL,
     replicas INTEGER NOT NULL, storage_options TEXT NOT NULL, created_utc_s REAL NOT NULL,
-    refreshed_utc_s REAL NOT NULL, is_adhoc INTEGER NOT NULL
+    refreshed_utc_s REAL NOT NULL, is_adhoc INTEGER NOT NULL, is_pinned INTEGER NOT NULL DEFAULT 0,
+    quota_bytes INTEGER NOT NULL DEFAULT 0, is_direct INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE snapshots (
     dataset TEXT NOT NULL REFERENCES datasets (name) ON DELETE CASCADE, age INTEGER NOT NULL, digest TEXT NOT NULL,
@@ -64,6 +65,15 @@ CREATE TABLE jobs (
     finished_utc_s REAL
 ) STRICT;
 """
+
+#: By the format that they begin with: what makes it the next one.
+_MIGRATIONS = {
+    1: """
+ALTER TABLE datasets ADD COLUMN is_pinned INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE datasets ADD COLUMN quota_bytes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE datasets ADD COLUMN is_direct INTEGER NOT NULL DEFAULT 0;
+""",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +159,12 @@ class Record:
             datasets = tuple(
                 Dataset(
                     name, origin, endpoint, shard_size, replicas, options, tuple(snapshots[name]), created, refreshed,
-                    bool(is_adhoc),
+                    bool(adhoc), bool(pinned), quota_bytes, bool(direct),
                 )
-                for name, origin, endpoint, shard_size, replicas, options, created, refreshed, is_adhoc in fetch(
-                    "SELECT * FROM datasets ORDER BY name"
-                )
+                for (
+                    name, origin, endpoint, shard_size, replicas, options, created, refreshed, adhoc, pinned,
+                    quota_bytes, direct,
+                ) in fetch("SELECT * FROM datasets ORDER BY name")
             )  # fmt: skip
             jobs = tuple(
                 Job(job_id, dataset, snapshot, prefix, created, 0.0, JobState(state), total, done, reason, finished)
@@ -212,7 +223,7 @@ class Record:
             case SaveDataset(dataset):
                 execute("DELETE FROM datasets WHERE name = ?", (dataset.name,))
                 execute(
-                    "INSERT INTO datasets VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO datasets VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         dataset.name,
                         dataset.origin,
@@ -223,6 +234,9 @@ class Record:
                         dataset.created_utc_s,
                         dataset.refreshed_utc_s,
                         int(dataset.is_adhoc),
+                        int(dataset.is_pinned),
+                        dataset.quota_bytes,
+                        int(dataset.is_direct),
                     ),
                 )
                 self._database.executemany(
@@ -293,7 +307,10 @@ def _connect(path: Path) -> sqlite3.Connection:
             ((version,),) = database.execute("PRAGMA user_version").fetchall()
             if version == 0:
                 database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-            elif version != SCHEMA_VERSION:
+            while (upgrade := _MIGRATIONS.get(version)) is not None:
+                version += 1
+                database.executescript(f"BEGIN; {upgrade} PRAGMA user_version = {version}; COMMIT;")
+            if version not in (0, SCHEMA_VERSION):
                 raise StoreUnusable(
                     f"{path} was written by another version of Shoal (format {version}, this one reads "
                     f"{SCHEMA_VERSION}): run that version, or name another directory with --data-dir"

@@ -90,7 +90,9 @@ def opened(place: Prefix, **changes: Any) -> Origin:
 
 def test_each_reader_is_the_one_asked_for(place: Prefix) -> None:
     wanted = ObjectStoreOrigin if place.options["reader"] == "obstore" else S3fsOrigin
-    assert isinstance(opened(place), wanted)
+    found = opened(place)
+    assert isinstance(found, PatientOrigin)
+    assert isinstance(found.inner, wanted)
 
 
 def test_both_readers_list_the_same(obstore_place: Prefix) -> None:

@@ -14,9 +14,11 @@ import fsspec
 import grpc
 import grpc.aio
 import pytest
+from click.testing import CliRunner, Result
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal import errors
+from shoal import cli, errors
+from shoal.datasets import DatasetRecord
 from shoal.snapshot import Snapshot
 from shoal.transport import Transport
 from shoal.wire import grpc_errors
@@ -152,6 +154,44 @@ def test_datasets_from_add_to_remove(run: Callable[..., None], origin: Path) -> 
         assert await it.control.GetDataset(pb.GetDatasetRequest(name="d")) == refreshed
         await it.control.RemoveDataset(pb.RemoveDatasetRequest(name="d"))
         assert not (await it.control.ListDatasets(pb.ListDatasetsRequest())).datasets
+
+    run(test)
+
+
+def test_a_policy_reaches_nodes_clients_and_people(run: Callable[..., None], origin: Path) -> None:
+    async def test(it: Running) -> None:
+        joined = await it.node("n1")
+
+        async def shoal(*words: str) -> Result:
+            arguments = ["dataset", *words, "--endpoint", f"http://{it.server.http_address}"]
+            return await asyncio.to_thread(CliRunner().invoke, cli.main, arguments)
+
+        added = await shoal("add", "d", str(origin), "--pin", "--quota", "500GiB", "--direct", "--json")
+        assert added.exit_code == 0, added.output
+        policy = {"replicas": 1, "pinned": True, "quota_bytes": 500 * GIB, "direct": True}
+        assert policy.items() <= json.loads(added.stdout).items()
+        (told,) = (await joined.hear(lambda orders: len(orders.datasets) == 1)).datasets
+        assert (told.replicas, told.pinned, told.quota_bytes, told.direct) == (1, True, 500 * GIB, True)
+
+        changed = await shoal("set", "d", "--replicas", "3", "--no-pin", "--quota", "none")
+        assert changed.stdout == "d: 3 replicas, not pinned, quota none, direct reads allowed\n"
+        (told,) = (await joined.hear(lambda orders: orders.datasets[0].replicas == 3)).datasets
+        assert (told.pinned, told.quota_bytes, told.direct) == (False, 0, True)
+        record = DatasetRecord.from_json(await it.get("/v1/datasets/d"))
+        assert (record.replicas, record.pinned, record.quota_bytes, record.direct) == (3, False, 0, True)
+        assert record.snapshot == json.loads(added.stdout)["snapshot"]
+
+        for words, sentence in (
+            (("set", "d"), "nothing is to be changed"),
+            (("set", "d", "--replicas", "17"), "error: 17 replicas cannot be: use 1 to 16"),
+            (("set", "d", "--quota", "some"), "'some' is not a size"),
+            (("set", "other", "--pin"), "error: no dataset is named 'other'"),
+        ):
+            failed = await shoal(*words)
+            assert failed.exit_code and sentence in failed.output
+        assert record == DatasetRecord.from_json(await it.get("/v1/datasets/d"))
+        async with refused(errors.InvalidRequest, "a quota of 9223372036854775808 bytes cannot be"):
+            await it.control.SetDataset(pb.SetDatasetRequest(name="d", quota_bytes=1 << 63))
 
     run(test)
 

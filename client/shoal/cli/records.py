@@ -38,6 +38,9 @@ def dataset(raw: pb.Dataset) -> Json:
         "cached_bytes": raw.cached_bytes,
         "storage_options": json.loads(raw.storage_options or "{}"),
         "adhoc": raw.adhoc,
+        "pinned": raw.pinned,
+        "quota_bytes": raw.quota_bytes,
+        "direct": raw.direct,
         "created_at": raw.created_at,
         "refreshed_at": raw.refreshed_at,
     }
@@ -72,6 +75,9 @@ def dataset_fields(known: Json) -> list[tuple[str, str]]:
         ("cached", f"{sizes.format(known['cached_bytes'])} ({percent_cached(known)})"),
         ("shard size", sizes.format(known["shard_size"])),
         ("replicas", str(known["replicas"])),
+        ("pinned", "yes" if known["pinned"] else "no"),
+        ("quota", _quota(known)),
+        ("direct reads", "allowed" if known["direct"] else "no"),
         ("snapshot", known["snapshot"]),
         *([("older snapshots", ", ".join(older))] if older else []),
         ("storage options", json.dumps(known["storage_options"])),
@@ -79,6 +85,22 @@ def dataset_fields(known: Json) -> list[tuple[str, str]]:
         ("created", known["created_at"]),
         ("refreshed", known["refreshed_at"]),
     ]
+
+
+def policy(known: Json) -> str:
+    """How a dataset is kept, in words."""
+    return ", ".join(
+        (
+            f"{known['replicas']} {'replica' if known['replicas'] == 1 else 'replicas'}",
+            "pinned" if known["pinned"] else "not pinned",
+            f"quota {_quota(known)}",
+            "direct reads allowed" if known["direct"] else "no direct reads",
+        )
+    )
+
+
+def _quota(known: Json) -> str:
+    return sizes.format(known["quota_bytes"]) if known["quota_bytes"] else "none"
 
 
 def percent_cached(known: Json) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import errno
 import fcntl
 import os
 import socket
@@ -27,7 +28,7 @@ from urllib.parse import parse_qsl, unquote
 import httptools
 
 from shoal.errors import InvalidRequest, Overloaded, ShoalError
-from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
+from shoal.wire.http_messages import Buffer, FileSlice, Request, Rescue, Response
 
 MAX_HEAD = 16 << 10
 #: Bytes handed to one sendfile call: enough to amortise the call, small enough to share the loop.
@@ -327,6 +328,7 @@ class Connection:
     async def _send_file(self, piece: FileSlice) -> None:
         offset, left = piece.offset, piece.length
         out = self._sock.fileno()
+        has_warmed = False
         while left:
             stride = min(left, SENDFILE_STRIDE)
             is_ready = is_resident(piece.fd, offset, stride)
@@ -338,20 +340,39 @@ class Connection:
                         )
                     finally:
                         self._senders.give_back()
-                elif is_ready:
+                elif is_ready or (piece.rescue is not None and await piece.rescue.warm(offset, stride)):
                     sent = os.sendfile(out, piece.fd, offset, stride)
+                elif piece.rescue is not None:
+                    await self._send_rest(piece.rescue, offset, left)
+                    return
                 else:
                     # Reading the disk would hold up everybody on the loop, so that read happens in a thread.
                     sent = await _finish(self._loop.run_in_executor(None, os.sendfile, out, piece.fd, offset, stride))
             except BlockingIOError:
                 await self._writable()
                 continue
+            except OSError as error:
+                if error.errno != errno.EIO:  # which is the drive's, not the socket's
+                    raise
+                sent = 0
             if sent == 0:
-                raise ShoalError(f"a file ended {left} bytes early")
+                if piece.rescue is None or has_warmed:
+                    raise ShoalError(f"a file cannot be read or ended {left} bytes early")
+                has_warmed = True
+                if not await piece.rescue.warm(offset, stride):
+                    await self._send_rest(piece.rescue, offset, left)
+                    return
             offset += sent
             left -= sent
             if sent >= stride and left:
                 await asyncio.sleep(0)  # a fast reader must not keep the loop from the others
+
+    async def _send_rest(self, rescue: Rescue, start: int, length: int) -> None:
+        pieces = rescue.rest(start, start + length)
+        try:
+            await self._send_stream(pieces, length)
+        finally:
+            await _close(pieces)
 
     async def _writable(self) -> None:
         future: asyncio.Future[None] = self._loop.create_future()

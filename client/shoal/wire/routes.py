@@ -42,6 +42,10 @@ class ClusterView(Protocol):
         """The file of a snapshot. Raises SnapshotNotFound."""
         ...
 
+    def stalled(self) -> str | None:
+        """None while whatever is asked of this process can be answered; else a sentence (docs/wire.md, "Probes")."""
+        ...
+
     def ready(self) -> str | None:
         """None when ready to serve, else a sentence that says what is missing."""
         ...
@@ -78,6 +82,9 @@ def make_handler(
                 return _json(_dataset(view, unquote(name)).to_dict())
             case ["v1", "resolve"]:
                 return await _resolve(view, request)
+            case ["v1", "alive"]:
+                stalled = view.stalled()
+                return _text(503 if stalled else 200, stalled or "alive")
             case ["healthz"]:
                 return _text(200, "ok")
             case ["readyz"]:

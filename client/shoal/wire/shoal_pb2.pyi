@@ -36,7 +36,7 @@ class ClusterMap(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ...) -> None: ...
 
 class Dataset(_message.Message):
-    __slots__ = ("name", "origin", "shard_size", "replicas", "snapshot", "objects", "bytes", "snapshots", "created_at", "refreshed_at", "cached_bytes", "storage_options", "adhoc", "endpoint")
+    __slots__ = ("name", "origin", "shard_size", "replicas", "snapshot", "objects", "bytes", "snapshots", "created_at", "refreshed_at", "cached_bytes", "storage_options", "adhoc", "endpoint", "pinned", "quota_bytes", "direct")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     SHARD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,9 @@ class Dataset(_message.Message):
     STORAGE_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     ADHOC_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     name: str
     origin: str
     shard_size: int
@@ -65,21 +68,44 @@ class Dataset(_message.Message):
     storage_options: str
     adhoc: bool
     endpoint: str
-    def __init__(self, name: _Optional[str] = ..., origin: _Optional[str] = ..., shard_size: _Optional[int] = ..., replicas: _Optional[int] = ..., snapshot: _Optional[str] = ..., objects: _Optional[int] = ..., bytes: _Optional[int] = ..., snapshots: _Optional[_Iterable[str]] = ..., created_at: _Optional[str] = ..., refreshed_at: _Optional[str] = ..., cached_bytes: _Optional[int] = ..., storage_options: _Optional[str] = ..., adhoc: _Optional[bool] = ..., endpoint: _Optional[str] = ...) -> None: ...
+    pinned: bool
+    quota_bytes: int
+    direct: bool
+    def __init__(self, name: _Optional[str] = ..., origin: _Optional[str] = ..., shard_size: _Optional[int] = ..., replicas: _Optional[int] = ..., snapshot: _Optional[str] = ..., objects: _Optional[int] = ..., bytes: _Optional[int] = ..., snapshots: _Optional[_Iterable[str]] = ..., created_at: _Optional[str] = ..., refreshed_at: _Optional[str] = ..., cached_bytes: _Optional[int] = ..., storage_options: _Optional[str] = ..., adhoc: _Optional[bool] = ..., endpoint: _Optional[str] = ..., pinned: _Optional[bool] = ..., quota_bytes: _Optional[int] = ..., direct: _Optional[bool] = ...) -> None: ...
 
 class AddDatasetRequest(_message.Message):
-    __slots__ = ("name", "origin", "shard_size", "replicas", "storage_options")
+    __slots__ = ("name", "origin", "shard_size", "replicas", "storage_options", "pinned", "quota_bytes", "direct")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     SHARD_SIZE_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     STORAGE_OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     name: str
     origin: str
     shard_size: int
     replicas: int
     storage_options: str
-    def __init__(self, name: _Optional[str] = ..., origin: _Optional[str] = ..., shard_size: _Optional[int] = ..., replicas: _Optional[int] = ..., storage_options: _Optional[str] = ...) -> None: ...
+    pinned: bool
+    quota_bytes: int
+    direct: bool
+    def __init__(self, name: _Optional[str] = ..., origin: _Optional[str] = ..., shard_size: _Optional[int] = ..., replicas: _Optional[int] = ..., storage_options: _Optional[str] = ..., pinned: _Optional[bool] = ..., quota_bytes: _Optional[int] = ..., direct: _Optional[bool] = ...) -> None: ...
+
+class SetDatasetRequest(_message.Message):
+    __slots__ = ("name", "replicas", "pinned", "quota_bytes", "direct")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    replicas: int
+    pinned: bool
+    quota_bytes: int
+    direct: bool
+    def __init__(self, name: _Optional[str] = ..., replicas: _Optional[int] = ..., pinned: _Optional[bool] = ..., quota_bytes: _Optional[int] = ..., direct: _Optional[bool] = ...) -> None: ...
 
 class ListDatasetsRequest(_message.Message):
     __slots__ = ()

@@ -55,6 +55,11 @@ class ControlStub:
                 request_serializer=shoal_dot_wire_dot_shoal__pb2.RefreshDatasetRequest.SerializeToString,
                 response_deserializer=shoal_dot_wire_dot_shoal__pb2.Dataset.FromString,
                 _registered_method=True)
+        self.SetDataset = channel.unary_unary(
+                '/shoal.v1.Control/SetDataset',
+                request_serializer=shoal_dot_wire_dot_shoal__pb2.SetDatasetRequest.SerializeToString,
+                response_deserializer=shoal_dot_wire_dot_shoal__pb2.Dataset.FromString,
+                _registered_method=True)
         self.RemoveDataset = channel.unary_unary(
                 '/shoal.v1.Control/RemoveDataset',
                 request_serializer=shoal_dot_wire_dot_shoal__pb2.RemoveDatasetRequest.SerializeToString,
@@ -113,6 +118,13 @@ class ControlServicer:
 
     def RefreshDataset(self, request, context):
         """Lists the origin again. An unchanged origin gives the same snapshot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetDataset(self, request, context):
+        """Changes a dataset's policy; its snapshots stay. What is absent stays as it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -178,6 +190,11 @@ def add_ControlServicer_to_server(servicer, server):
             'RefreshDataset': grpc.unary_unary_rpc_method_handler(
                     servicer.RefreshDataset,
                     request_deserializer=shoal_dot_wire_dot_shoal__pb2.RefreshDatasetRequest.FromString,
+                    response_serializer=shoal_dot_wire_dot_shoal__pb2.Dataset.SerializeToString,
+            ),
+            'SetDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetDataset,
+                    request_deserializer=shoal_dot_wire_dot_shoal__pb2.SetDatasetRequest.FromString,
                     response_serializer=shoal_dot_wire_dot_shoal__pb2.Dataset.SerializeToString,
             ),
             'RemoveDataset': grpc.unary_unary_rpc_method_handler(
@@ -319,6 +336,33 @@ class Control:
             target,
             '/shoal.v1.Control/RefreshDataset',
             shoal_dot_wire_dot_shoal__pb2.RefreshDatasetRequest.SerializeToString,
+            shoal_dot_wire_dot_shoal__pb2.Dataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Control/SetDataset',
+            shoal_dot_wire_dot_shoal__pb2.SetDatasetRequest.SerializeToString,
             shoal_dot_wire_dot_shoal__pb2.Dataset.FromString,
             options,
             channel_credentials,
