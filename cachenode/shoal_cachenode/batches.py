@@ -18,7 +18,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from shoal.errors import InvalidRequest, ShardCorrupt, ShoalError
+from shoal.errors import InvalidRequest, Overloaded, ShardCorrupt, ShoalError
 from shoal.shards import Key
 from shoal.wire import batch
 from shoal.wire.batch import ShardRange
@@ -26,9 +26,9 @@ from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
 from shoal_cachenode.data_plane import BINARY, Asker, DataPlane
 from shoal_cachenode.disk import DiskStalls
-from shoal_cachenode.fill import DiskFailed
 from shoal_cachenode.library import ShardSpec
 from shoal_cachenode.node import CacheNode
+from shoal_cachenode.scheduler import DiskFailed
 from shoal_cachenode.sealed_file import Damage
 from shoal_cachenode.shard_file import ShardHeader
 from shoal_cachenode.store import AlreadySealed, StoreFull
@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 #: Bytes and ranges read in one go: the memory of a batch.
 RUN_BYTES = 1 << 20
 RUN_RANGES = 512
+#: What all batches that are being answered may hold: their runs, and for each range what was looked up.
+BATCHES_BYTES = 256 << 20
+RANGE_BYTES = 1 << 10
 #: Fills that one batch has under way ahead of its reader.
 FILLS_BEGUN = 16
 
@@ -64,8 +67,14 @@ class Batches:
         self._node = node
         self._store = node.store
         self._served = node.counters.served_sealed_bytes
+        self.held_bytes = 0
 
     async def __call__(self, request: Request, digest: str) -> Response:
+        weight = RUN_BYTES + batch.MAX_RANGE_BYTES + RANGE_BYTES * (len(request.body) // batch.RANGE_ITEM_BYTES)
+        if self.held_bytes + weight > BATCHES_BYTES:
+            raise Overloaded(
+                f"batches hold all of {BATCHES_BYTES} bytes on this node: ask another node, or again in a moment"
+            )
         ranges = batch.decode(request.body)
         specs: dict[tuple[int, int], ShardSpec] = {}
         for each in ranges:
@@ -77,8 +86,18 @@ class Batches:
                 raise InvalidRequest(f"shard {place} has {spec.size_bytes} bytes: a range ends past them")
             self._node.usage.read(spec.dataset.record.name, spec.key)
         length = sum(each.length for each in ranges) + batch.SUM_BYTES * len(ranges)
-        body = self._body(ranges, specs, Asker.of(request))
+        body = self._held(weight, self._body(ranges, specs, Asker.of(request)))
         return Response(200, {"Content-Type": BINARY}, body, length=length)
+
+    async def _held(self, weight: int, body: Pieces) -> Pieces:
+        """`body`, accounted for from its first piece to its end."""
+        self.held_bytes += weight
+        try:
+            async with contextlib.aclosing(body):  # type: ignore[type-var] # an async generator
+                async for piece in body:
+                    yield piece
+        finally:
+            self.held_bytes -= weight
 
     async def _body(
         self, ranges: Sequence[ShardRange], specs: dict[tuple[int, int], ShardSpec], asker: Asker

@@ -14,11 +14,13 @@ asks the next node for the rest.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -41,10 +43,10 @@ from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
 from shoal.wire.places import format_places
 from shoal_cachenode.disk import DiskStalls
-from shoal_cachenode.fill import DiskFailed, Fill, Urgency
-from shoal_cachenode.handover import Handover
+from shoal_cachenode.fill import Fill
 from shoal_cachenode.library import Knowledge, ShardSpec, find_shard
 from shoal_cachenode.node import CacheNode
+from shoal_cachenode.scheduler import DiskFailed, Urgency
 from shoal_cachenode.sealed_file import Damage, SealedFile, warm
 from shoal_cachenode.shard_file import ShardHeader
 from shoal_cachenode.source import Source
@@ -52,8 +54,6 @@ from shoal_cachenode.store import AlreadySealed, StoreFull
 
 log = logging.getLogger(__name__)
 
-#: Bytes that a pass-through reads ahead of what it sends: enough to keep the source busy, and a bound on memory.
-THROUGH_AHEAD_BYTES = 16 << 20
 #: Shards whose look-up is remembered; it costs as much as the rest of a small request.
 SHARDS_REMEMBERED = 1 << 16
 #: Descriptors go along for shards so near in the snapshot.
@@ -108,7 +108,7 @@ class DataPlane:
             try:
                 file = await self.sealed(spec)
             except (OSError, DiskStalls) as error:
-                log.warning("shard %s is not read from the drive: %s", spec.key.hex(), error)
+                log.debug("shard %s is not read from the drive: %s", spec.key.hex(), error)
                 if only_cached:
                     raise NotCached(f"shard {spec.key.hex()} cannot be read here now") from error
                 body = await _begun(self.through(spec, wanted.start, wanted.end))
@@ -198,13 +198,13 @@ class DataPlane:
             file = await node.disk.run(store.open_sealed, spec.key, discard=release)
         if file is not None and file.header.size_bytes != spec.size_bytes:
             file.release()
-            await asyncio.to_thread(store.lose, spec.key, Damage.TORN)
+            await node.lose(spec.key, Damage.TORN)
             return None
         return file
 
     async def through(self, spec: ShardSpec, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
         """The bytes from where a fill would read, past this node's drive."""
-        source = await asyncio.to_thread(self.node.source, spec, self.node.order(spec))
+        source = await asyncio.to_thread(partial(self.node.source, spec, self.node.order(spec), waits=True))
         body = self._through(source, start, end)
         try:
             async for piece in body:
@@ -287,21 +287,10 @@ class DataPlane:
 
     async def _through(self, source: Source, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
         """Read from `source` and send, storing nothing; a bounded number of bytes ahead of the reader."""
-        pieces = Handover(THROUGH_AHEAD_BYTES)
-        step = self.node.config.part_size
-        reading = asyncio.get_running_loop().run_in_executor(
-            self.node.through_threads, pieces.fill, source, start, end, step
-        )
-        try:
+        async with contextlib.aclosing(self.node.passing.stream(source, start, end)) as pieces:
             async for piece in pieces:
                 self.node.counters.served_through_bytes.add(len(piece))
                 yield piece
-            await reading
-        finally:
-            pieces.close()
-            await asyncio.wait([reading])
-            if not reading.cancelled():
-                reading.exception()  # told to the reader, or of no use to one who left
 
 
 class Rescue:
@@ -322,7 +311,7 @@ class Rescue:
         except DiskStalls:
             return False
         if damage is not None:
-            await asyncio.to_thread(node.store.lose, self._spec.key, damage)
+            await node.lose(self._spec.key, damage)
         return damage is None
 
     def rest(self, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:

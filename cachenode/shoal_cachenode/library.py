@@ -13,20 +13,30 @@ sent it nor what became of it on the drive.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shoal import datasets, origin, shards
 from shoal.cluster_map import ClusterMap, NodeState
 from shoal.datasets import DatasetRecord
-from shoal.errors import DatasetNotFound, NotFound, ShardCorrupt, ShoalError, SnapshotNotFound, StoreUnusable
+from shoal.errors import (
+    DatasetNotFound,
+    NotFound,
+    OriginUnavailable,
+    ShardCorrupt,
+    ShoalError,
+    SnapshotNotFound,
+    StoreUnusable,
+)
 from shoal.origin import Origin
 from shoal.placement import Placement
 from shoal.shard_client import ShardAt
@@ -37,6 +47,7 @@ from shoal_cachenode.data_directory import write_atomically
 log = logging.getLogger(__name__)
 
 MAX_PLACEMENTS = 32
+_FETCHING = ".fetching"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +117,11 @@ class Knowledge:
 class Library:
     """Snapshots, origins and placements, opened once and shared."""
 
-    def __init__(self, directory: Path, transport: Transport) -> None:
+    def __init__(
+        self, directory: Path, transport: Transport, on_trouble: Callable[[str, OriginUnavailable], None]
+    ) -> None:
+        """Read what was kept in `directory`; `on_trouble` is told of a dataset's origin that fails for now."""
+        self._on_trouble = on_trouble
         self._orders = directory / "orders.json"
         self._snapshots_directory = directory / "snapshots"
         self._snapshots_directory.mkdir(exist_ok=True)
@@ -141,13 +156,16 @@ class Library:
             descriptor = self._in_memory.pop(digest, None)
             if descriptor is not None:
                 os.close(descriptor)
+        for key in [key for key in self._placements if key[0] not in served]:
+            del self._placements[key]  # it keeps the snapshot's file mapped
 
     def keep(self) -> None:
-        """Write the orders down and remove the snapshots that they do not name. Blocks. Raises OSError."""
+        """Write the orders down; remove snapshots that they do not name, and left-overs. Blocks. Raises OSError."""
         write_atomically(self._orders, self.knowledge.to_json().encode())
         served = self.knowledge.snapshots()
         for path in self._snapshots_directory.iterdir():
-            if path.stem not in served:
+            is_left_over = path.suffix == _FETCHING and path.stem not in self._fetching
+            if path.stem not in served or is_left_over:
                 path.unlink(missing_ok=True)
 
     def record(self, name: str) -> DatasetRecord:
@@ -210,13 +228,16 @@ class Library:
         raise SnapshotNotFound(f"nobody sent snapshot {digest}: the controller and all nodes were asked")
 
     def _put(self, digest: str, path: Path, body: bytes | bytearray | memoryview) -> Path:
-        aside = path.with_suffix(".fetching")
+        aside = path.with_suffix(_FETCHING)
         try:
             aside.write_bytes(body)
             _verify(aside, digest)
             return aside.rename(path)
         except OSError as error:
             log.error("snapshot %s is kept in memory, the drive does not take it: %s", digest, error)
+        finally:
+            with contextlib.suppress(OSError):  # of a drive that takes nothing there is nothing to remove
+                aside.unlink(missing_ok=True)
         descriptor = os.memfd_create(f"snapshot {digest}", os.MFD_CLOEXEC)
         in_memory = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
         in_memory.write_bytes(body)
@@ -252,7 +273,9 @@ class Library:
             cached = self._origins.get(name)
             if cached is not None and cached[0] == known.storage_options and cached[1].url == known.record.origin:
                 return cached[1]
-        opened = origin.open_origin(known.record.origin, known.storage_options)
+        opened = origin.open_origin(
+            known.record.origin, known.storage_options, on_trouble=partial(self._on_trouble, name)
+        )
         with self._origins_lock:
             self._origins[name] = known.storage_options, opened
         return opened

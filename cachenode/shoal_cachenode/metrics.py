@@ -60,6 +60,24 @@ class NodeCollector(Collector):
         yield CounterMetricFamily(
             "shoal_node_disk_failures", "Times that the drive began to fail or to stall.", node.disk.failures
         )
+        retries = CounterMetricFamily(
+            "shoal_node_origin_retries", "Attempts to read an origin that failed for now.", labels=["dataset"]
+        )
+        throttles = CounterMetricFamily(
+            "shoal_node_origin_throttles", "Those in which the origin asked for less.", labels=["dataset"]
+        )
+        reads = GaugeMetricFamily("shoal_node_origin_reads", "Reads of an origin under way.", labels=["dataset"])
+        window = GaugeMetricFamily("shoal_node_origin_window", "Reads of it that may be at a time.", labels=["dataset"])
+        for known in node.library.knowledge.datasets:
+            budget = node.budget_of(known.record.name)
+            retries.add_metric([known.record.name], budget.retries)
+            throttles.add_metric([known.record.name], budget.throttles)
+            reads.add_metric([known.record.name], budget.in_flight)
+            window.add_metric([known.record.name], budget.width)
+        yield from (retries, throttles, reads, window)
+        yield CounterMetricFamily(
+            "shoal_node_overloaded", "Connections and requests told to come back later.", self._server.overloaded
+        )
         gauges = {
             "shoal_node_capacity_bytes": ("Bytes of cache this node offers.", node.store.capacity_bytes),
             "shoal_node_used_bytes": ("Bytes of sealed and filling shards.", node.store.used_bytes),
@@ -71,6 +89,7 @@ class NodeCollector(Collector):
             "shoal_node_disk_operations": ("Operations on the drive under way.", node.store.operations.count),
             "shoal_node_fills": ("Shards that are filling.", node.fills.count),
             "shoal_node_fetches": ("Part fetches in flight.", node.fills.fetches_in_flight),
+            "shoal_node_fetches_waiting": ("Parts that wait to be fetched.", node.fills.fetches_waiting),
             "shoal_node_connections": ("Open data connections.", self._server.open_connections),
             "shoal_node_silent_peers": (
                 "Other processes that do not answer this node.",

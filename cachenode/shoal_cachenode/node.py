@@ -7,6 +7,7 @@ nobody changes where the bytes come from, never whether they come.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import math
@@ -21,13 +22,16 @@ from shoal.cluster_map import NodeState
 from shoal.errors import ClusterUnavailable, ShoalError
 from shoal.shards import PART_SIZE, Key
 from shoal.transport import Transport
-from shoal_cachenode.disk import Disk
-from shoal_cachenode.fill import DiskFailed, Fill, Fills, Urgency
+from shoal_cachenode.disk import Disk, DiskStalls
+from shoal_cachenode.fill import Fill, Fills
 from shoal_cachenode.holdings import Holdings
 from shoal_cachenode.inventory import Inventory
 from shoal_cachenode.library import Knowledge, Library, ShardSpec, find_shard
+from shoal_cachenode.origin_budget import OriginBudget, Rate
+from shoal_cachenode.passing import Passing
 from shoal_cachenode.retention import Step
 from shoal_cachenode.room import Room
+from shoal_cachenode.scheduler import DiskFailed, Urgency
 from shoal_cachenode.scrub import Scrubber
 from shoal_cachenode.sealed_file import Damage
 from shoal_cachenode.source import Counter, FirstThatHasIt, OriginSource, PeerSource, Source
@@ -40,9 +44,6 @@ log = logging.getLogger(__name__)
 FORMER_OWNERS_ASKED = 2
 #: The longest silence of a peer that answers probes: it may be waiting for a slow origin.
 PEER_TIMEOUT_S = 20.0
-#: Reads that pass through at a time. Each has a thread as long as its reader takes, so they are not the default ones,
-#: which short work waits for: opening a file, sending from a cold one.
-THROUGH_THREADS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class Config:
 
     Attributes:
         advertise: ``host:port`` of the data plane, as others reach it.
-        fetches: part fetches at a time; with the part size this bounds the memory of fills.
+        fetches: part fetches of one dataset at a time, and the most that its origin is asked for at a time.
+        origin_bytes_per_s: what all origins together may be asked for; 0: no limit.
         idle_after_s: a dataset that was not used for so long is idle, and gives way to others.
         unread_share: of the capacity: so much that was prefetched and not read yet may have taken idle datasets' room.
         scrub_rate: bytes a second that the scrubber reads; 0: none.
@@ -64,6 +66,7 @@ class Config:
     topology: Mapping[str, str] = field(default_factory=dict)
     fetches: int = 16
     part_size: int = PART_SIZE
+    origin_bytes_per_s: int = 0
     idle_after_s: float = 3600.0
     unread_share: float = 0.5
     scrub_rate: int = 16 << 20
@@ -110,7 +113,9 @@ class CacheNode:
         self.counters = Counters()
         self.store = Store(config.data_dir, config.capacity_bytes, part_size=config.part_size)
         self.transport = Transport(read_timeout_s=PEER_TIMEOUT_S)
-        self.library = Library(config.data_dir, self.transport)
+        self.library = Library(config.data_dir, self.transport, lambda name, error: self.budget_of(name).trouble(error))
+        self._origin_rate = Rate(config.origin_bytes_per_s)
+        self._budgets: dict[str, OriginBudget] = {}  # by dataset
         self.usage = Usage(config.data_dir)
         self.usage.adopt(self.store.sealed_sizes() | self.store.reserved_sizes())
         self.inventory = Inventory(self.store, on_dropped=self.usage.forget)
@@ -130,7 +135,7 @@ class CacheNode:
         self.room = Room(self)
         self._checks: dict[Key, asyncio.Task[None]] = {}
         self._on_knowledge: list[Callable[[], None]] = []
-        self.through_threads = ThreadPoolExecutor(THROUGH_THREADS, thread_name_prefix="through")
+        self.passing = Passing(config.part_size)
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="io"))
         self._scrubber = Scrubber(self)
         self._keeping = asyncio.create_task(self._keep_usage())
@@ -207,12 +212,18 @@ class CacheNode:
         return next((rank for rank, node in enumerate(order) if node.id == self.id), None)
 
     def source(
-        self, spec: ShardSpec, order: tuple[MapNode, ...], avoid: frozenset[str] = shard_client.NOBODY
+        self,
+        spec: ShardSpec,
+        order: tuple[MapNode, ...],
+        avoid: frozenset[str] = shard_client.NOBODY,
+        *,
+        waits: bool = False,
     ) -> Source:
         """Where a fill of `spec` here reads: owners before this one, then whoever may still hold it, then the origin.
 
         Args:
             avoid: nodes that did not answer whoever asks.
+            waits: for room in the origin's budget, in the thread that reads; else `OriginBusy` is raised.
 
         May block while the origin is opened.
         """
@@ -228,7 +239,7 @@ class CacheNode:
         former += [n for n in self.library.knowledge.cluster_map.nodes if n.state is NodeState.DRAINING]
         former = [node for node in former if node.id != self.id and not self.is_avoided(node, avoid)]
         peers += [self.peer(node, spec, cached_only=True) for node in former]
-        return FirstThatHasIt(peers, self.origin_source(spec))
+        return FirstThatHasIt(peers, self.origin_source(spec, waits=waits))
 
     def is_avoided(self, node: MapNode, avoid: frozenset[str]) -> bool:
         """Whether a node is not to be waited for: it did not answer whoever asks, or does not answer this one."""
@@ -246,12 +257,19 @@ class CacheNode:
         counter = self.counters.peer_bytes
         return PeerSource(self.transport, node.address, spec.at, self.id, cached_only, counter, avoid, until)
 
-    def origin_source(self, spec: ShardSpec) -> Source:
+    def budget_of(self, dataset: str) -> OriginBudget:
+        """What may be asked of a dataset's origin at a time."""
+        budget = self._budgets.get(dataset)
+        if budget is None:
+            made = OriginBudget(self.config.fetches, self._origin_rate, self.fills.on_room)
+            budget = self._budgets.setdefault(dataset, made)  # threads may come together: one of theirs is everybody's
+        return budget
+
+    def origin_source(self, spec: ShardSpec, *, waits: bool) -> Source:
+        budget = self.budget_of(spec.dataset.record.name)
         opened = self.library.origin(spec.dataset)
-        row = spec.row
-        return OriginSource(
-            opened, spec.snapshot.path(row), spec.snapshot.version(row), spec.offset, self.counters.origin_bytes
-        )
+        path, version = spec.snapshot.path(spec.row), spec.snapshot.version(spec.row)
+        return OriginSource(opened, path, version, spec.offset, self.counters.origin_bytes, budget, waits)
 
     async def fill(
         self,
@@ -281,13 +299,14 @@ class CacheNode:
         else:
             source = await asyncio.to_thread(self.source, spec, order, avoid)
         first = start // self.config.part_size
+        budget = self.budget_of(spec.dataset.record.name)
         is_new = not self.store.has_partial(spec.key)
         try:
-            fill = await self.fills.join(spec.key, spec.size_bytes, source, urgency, first)
+            fill = await self.fills.join(spec.key, spec.size_bytes, source, budget, urgency, first)
         except StoreFull:
             if not await self.room.make(spec, is_prefetch=urgency is Urgency.PREFETCH):
                 raise
-            fill = await self.fills.join(spec.key, spec.size_bytes, source, urgency, first)
+            fill = await self.fills.join(spec.key, spec.size_bytes, source, budget, urgency, first)
         if urgency is Urgency.PREFETCH and is_new:
             self.usage.prefetched(spec.key, spec.size_bytes)
         fill.sealed.add_done_callback(functools.partial(self._on_filled, spec.key))
@@ -313,9 +332,14 @@ class CacheNode:
 
     async def _check(self, key: Key) -> None:
         try:
-            await asyncio.to_thread(self.store.verify, key)
-        except OSError as error:
+            await self.disk.run(self.store.verify, key)
+        except (OSError, DiskStalls) as error:
             log.warning("shard %s cannot be checked now: %s", key.hex(), error)
+
+    async def lose(self, key: Key, damage: Damage) -> None:
+        """`Store.lose`, for which nobody waits longer than the drive answers."""
+        with contextlib.suppress(DiskStalls):
+            await self.disk.run(self.store.lose, key, damage)
 
     async def refetch(self, key: Key) -> None:
         """Fill a shard that was lost, where this node owns it: nobody waits for it. Failures are logged."""
@@ -371,7 +395,7 @@ class CacheNode:
         await self._scrubber.close()
         await self.fills.close()
         await self.disk.close()
-        self.through_threads.shutdown(wait=False)
+        self.passing.close()
         self.transport.close()
         try:
             await asyncio.to_thread(self.usage.save, at_once=True)

@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from shoal.errors import ShoalError
 from shoal.snapshot import Snapshot
-from shoal_cachenode.fill import DiskFailed, Urgency
 from shoal_cachenode.holdings import Holdings
 from shoal_cachenode.library import KnownDataset, ShardSpec
 from shoal_cachenode.node import CacheNode
+from shoal_cachenode.scheduler import DiskFailed, Urgency
 from shoal_cachenode.store import AlreadySealed, StoreFull
 
 log = logging.getLogger(__name__)

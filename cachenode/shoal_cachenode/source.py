@@ -22,12 +22,20 @@ from shoal.origin import Origin, Sink
 from shoal.shard_client import ShardAt
 from shoal.transport import Transport
 from shoal.watch import Watch
+from shoal_cachenode.origin_budget import OriginBudget
 
 log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """Reads of one shard."""
+    """Reads of one shard.
+
+    Attributes:
+        needs_origin: nobody but the origin is left to ask.
+    """
+
+    @property
+    def needs_origin(self) -> bool: ...
 
     def stream(self, start: int, end: int, sink: Sink) -> None:
         """Hand bytes [start, end) of the shard to `sink` as they come; see `Origin.stream`. Raises ShoalError."""
@@ -36,16 +44,27 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OriginSource:
-    """The shard's slice of its object at the origin, at the version that the snapshot lists."""
+    """The shard's slice of its object at the origin, at the version that the snapshot lists.
+
+    Attributes:
+        waits: for room in the budget, in the thread that reads; else `OriginBusy` is raised where there is none.
+    """
 
     origin: Origin
     path: str
     version: str
     offset: int
     on_read: Counter
+    budget: OriginBudget
+    waits: bool
+
+    @property
+    def needs_origin(self) -> bool:
+        return True
 
     def stream(self, start: int, end: int, sink: Sink) -> None:
-        self.origin.stream(self.path, self.version, self.offset + start, self.offset + end, sink)
+        with self.budget.read(end - start, waits=self.waits):
+            self.origin.stream(self.path, self.version, self.offset + start, self.offset + end, sink)
         self.on_read.add(end - start)
 
 
@@ -67,6 +86,10 @@ class PeerSource:
     on_read: Counter
     avoid: frozenset[str] = shard_client.NOBODY
     until: float = math.inf
+
+    @property
+    def needs_origin(self) -> bool:
+        return False
 
     def stream(self, start: int, end: int, sink: Sink) -> None:
         """See `Source`. The range comes in one piece, after its checksums were compared; what is good of it where the
@@ -119,6 +142,10 @@ class FirstThatHasIt:
     def __init__(self, peers: Sequence[Source], last: Source) -> None:
         self._peers = tuple(peers)
         self._last = last
+
+    @property
+    def needs_origin(self) -> bool:
+        return not self._peers and self._last.needs_origin
 
     def stream(self, start: int, end: int, sink: Sink) -> None:
         reached = start

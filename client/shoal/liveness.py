@@ -33,6 +33,7 @@ PROBE_S = 0.3
 #: Between two looks at the clock while a probe is out. A look that comes later than it should was a pause of this
 #: process or of the machine, and the shorter the wait, the less of a pause is taken for the address's silence.
 SLICE_S = 0.01
+DRIVE_HANGS = "its drive hangs"
 _HEAD_BYTES = 12  # of "HTTP/1.1 200"
 
 
@@ -86,7 +87,7 @@ class Probe:
                 return str(error)
             return None
         if head.endswith(b"503"):
-            return "its drive hangs"
+            return DRIVE_HANGS
         return ""
 
     def close(self) -> None:

@@ -166,6 +166,8 @@ class _Pulse:
             return liveness.silence(self._patience_s) if self._waited_s >= self._patience_s else ""
         self.end()
         self._again_in_s = PROBE_AGAIN_S
+        if verdict == liveness.DRIVE_HANGS and self._patience_s == PATIENT_S:
+            return ""  # nobody else is left to ask, and it lives: soon it gives its drive up and reads elsewhere
         return verdict
 
     def end(self) -> None:

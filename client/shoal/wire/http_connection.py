@@ -112,6 +112,7 @@ class _Head:
                 f"a request body has at most {self._max_body} bytes here", HTTPStatus.REQUEST_ENTITY_TOO_LARGE
             )
         if self._bodies.held_bytes > self._bodies.limit_bytes:
+            self.release_body()
             sentence = f"request bodies hold all of {self._bodies.limit_bytes} bytes here: ask again in a moment"
             raise BadRequest(sentence, HTTPStatus.SERVICE_UNAVAILABLE, Overloaded)
         self._body.append(body)
@@ -119,6 +120,8 @@ class _Head:
     def on_message_complete(self) -> None:
         self.is_under_way = False
         self.release_body()
+        if self.parser.get_http_version() not in ("1.1", "1.0"):
+            raise BadRequest("only HTTP/1.1 is served here", HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
         try:
             url = httptools.parse_url(self._url)
             path, query = url.path.decode("ascii"), (url.query or b"").decode("ascii")

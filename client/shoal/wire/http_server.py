@@ -81,7 +81,8 @@ class HttpServer:
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._max_connections = max(1, min(max_connections, int(descriptors * DESCRIPTOR_SHARE)))
         self._bodies = Bodies(BODIES_BYTES)
-        self._idle: dict[Connection, None] = {}  # the longest idle first
+        self._served: set[Connection] = set()  # but for those that were told to end
+        self._idle: dict[Connection, None] = {}  # of them; the longest idle first
         self._refusals = 0
         self._warned_s = -math.inf
         #: Connections and requests that were told to come back later.
@@ -170,28 +171,35 @@ class HttpServer:
             sock.setblocking(False)
             if not is_local:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            serve = self._serve
-            if len(self._connections) >= self._max_connections + self._refusals and not self._end_idle(1):
+            connection = Connection(
+                sock, is_local=is_local, max_body=self._max_body, bodies=self._bodies, senders=self._senders
+            )
+            if len(self._served) < self._max_connections or self._end_idle(1):
+                self._served.add(connection)
+                self._idle[connection] = None
+                serving = self._serve(connection)
+            else:
                 self.overloaded += 1
                 if self._refusals == MAX_REFUSALS:
-                    sock.close()
+                    connection.close()
                     continue
                 self._refusals += 1
-                serve = self._refuse
-            task = asyncio.create_task(serve(sock, is_local))
+                serving = self._refuse(connection)
+            task = asyncio.create_task(serving)
             self._connections.add(task)
             task.add_done_callback(self._connections.discard)
+            await asyncio.sleep(0)  # a flood of newcomers must not keep the loop from the others
 
     def _end_idle(self, count: int) -> int:
         """End the connections that were idle for longest, `count` at most; return how many."""
         ended = list(itertools.islice(self._idle, count))
         for connection in ended:
             del self._idle[connection]
+            self._served.discard(connection)
             connection.shut()
         return len(ended)
 
-    async def _serve(self, sock: socket.socket, is_local: bool) -> None:
-        connection = self._connection(sock, is_local)
+    async def _serve(self, connection: Connection) -> None:
         try:
             while (request := await self._next_request(connection)) is not None:
                 response = await self._answer(request)
@@ -206,19 +214,20 @@ class HttpServer:
             # The reader went away or stalled, or a stream failed after its head: cutting the connection is the answer.
             log.debug("connection closed: %s", error)
         finally:
+            self._served.discard(connection)
+            self._idle.pop(connection, None)
             connection.close()
 
     async def _next_request(self, connection: Connection) -> Request | None:
-        if connection.is_idle:
+        if connection.is_idle and connection in self._served:
             self._idle[connection] = None
         try:
             return await connection.next_request()
         finally:
             self._idle.pop(connection, None)
 
-    async def _refuse(self, sock: socket.socket, is_local: bool) -> None:
+    async def _refuse(self, connection: Connection) -> None:
         """Say that there is no room, without waiting for what is asked."""
-        connection = self._connection(sock, is_local)
         connection.keep_alive = False
         error = Overloaded(f"this server has all of its {self._max_connections} connections in use: ask another one")
         try:
@@ -227,9 +236,6 @@ class HttpServer:
         finally:
             connection.close()
             self._refusals -= 1
-
-    def _connection(self, sock: socket.socket, is_local: bool) -> Connection:
-        return Connection(sock, is_local=is_local, max_body=self._max_body, bodies=self._bodies, senders=self._senders)
 
     async def _answer(self, request: Request) -> Response:
         try:
