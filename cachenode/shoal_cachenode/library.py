@@ -13,6 +13,7 @@ sent it nor what became of it on the drive.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ from shoal_cachenode.data_directory import write_atomically
 log = logging.getLogger(__name__)
 
 MAX_PLACEMENTS = 32
+_FETCHING = ".fetching"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +143,16 @@ class Library:
             descriptor = self._in_memory.pop(digest, None)
             if descriptor is not None:
                 os.close(descriptor)
+        for key in [key for key in self._placements if key[0] not in served]:
+            del self._placements[key]  # it keeps the snapshot's file mapped
 
     def keep(self) -> None:
-        """Write the orders down and remove the snapshots that they do not name. Blocks. Raises OSError."""
+        """Write the orders down; remove snapshots that they do not name, and left-overs. Blocks. Raises OSError."""
         write_atomically(self._orders, self.knowledge.to_json().encode())
         served = self.knowledge.snapshots()
         for path in self._snapshots_directory.iterdir():
-            if path.stem not in served:
+            is_left_over = path.suffix == _FETCHING and path.stem not in self._fetching
+            if path.stem not in served or is_left_over:
                 path.unlink(missing_ok=True)
 
     def record(self, name: str) -> DatasetRecord:
@@ -210,13 +215,16 @@ class Library:
         raise SnapshotNotFound(f"nobody sent snapshot {digest}: the controller and all nodes were asked")
 
     def _put(self, digest: str, path: Path, body: bytes | bytearray | memoryview) -> Path:
-        aside = path.with_suffix(".fetching")
+        aside = path.with_suffix(_FETCHING)
         try:
             aside.write_bytes(body)
             _verify(aside, digest)
             return aside.rename(path)
         except OSError as error:
             log.error("snapshot %s is kept in memory, the drive does not take it: %s", digest, error)
+        finally:
+            with contextlib.suppress(OSError):  # of a drive that takes nothing there is nothing to remove
+                aside.unlink(missing_ok=True)
         descriptor = os.memfd_create(f"snapshot {digest}", os.MFD_CLOEXEC)
         in_memory = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
         in_memory.write_bytes(body)

@@ -172,9 +172,10 @@ def _left_behind(world: World) -> Iterator[str]:
 
 
 def _connections_from_nodes(world: World, index: int) -> int:
-    """Connections that other nodes keep to this one."""
+    """Connections that other nodes, and this process, keep to a node."""
     (port,) = re.findall(r":(\d+)$", world.cluster.node_endpoints[index])
-    inodes = set().union(*(sockets_of(node.pid) for node in world.cluster.nodes if node.is_running))
+    pids = [node.pid for node in world.cluster.nodes if node.is_running]
+    inodes = sockets_of("self").union(*map(sockets_of, pids))
     ends = tcp_ends()
     return sum(end.peer_port == int(port) and end.inode in inodes for end in ends.values())
 
@@ -188,7 +189,8 @@ def _sizes(world: World, index: int) -> Iterator[int]:
 
 def _strays(world: World, index: int) -> Iterator[Path]:
     root = world.cluster.data_dir / f"node-{index}"
-    known = {"lock", "state.json", "orders.json", "shards", "filling", "snapshots"}
+    known = {"lock", "shards", "filling", "snapshots", "unread"}
+    known |= {"state.json", "orders.json", "scrub.json", "usage.json"}
     yield from (path for path in root.iterdir() if path.name not in known)
     for path in root.glob("shards/**/*"):
         if path.is_file() and (len(path.name) != 32 or path.parent.name != path.name[:2]):
