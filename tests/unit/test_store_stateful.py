@@ -86,6 +86,9 @@ class RetentionMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def fill_up(self, data: st.DataObject) -> None:
         """Room is short most of the time."""
+        for name in NAMES:
+            self.use(name, data.draw(st.booleans()))
+            self.pinned[name] = data.draw(st.sampled_from([False, False, True]))
         for name in data.draw(st.permutations(NAMES)):
             for index in range(OBJECTS):
                 self.fill_one(name, index, is_prefetch=False)
@@ -202,4 +205,4 @@ class RetentionMachine(RuleBasedStateMachine):
 
 
 TestRetentionMachine = RetentionMachine.TestCase
-TestRetentionMachine.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
+TestRetentionMachine.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
