@@ -44,30 +44,30 @@ SETTLE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Of one dataset."""
+    """Of all datasets together."""
 
     objects: int
     object_bytes: int
 
     @property
-    def set_bytes(self) -> int:
+    def bytes(self) -> int:
         return self.objects * self.object_bytes
 
 
-FULL = Scale(256, 4 << 20)
-TINY = Scale(16, 64 << 10)
+FULL = Scale(1024, 4 << 20)
+TINY = Scale(32, 64 << 10)
 
 
 class Job:
     """A dataset and who trains on it."""
 
-    def __init__(self, cluster: DevCluster, name: str, directory: Path, scale: Scale) -> None:
+    def __init__(self, cluster: DevCluster, name: str, directory: Path, objects: int, object_bytes: int) -> None:
         self.name = name
         self._endpoint = cluster.endpoint
         self._digests: dict[str, str] = {}
         directory.mkdir()
-        for number in range(scale.objects):
-            data = random.Random(f"{name} {number}").randbytes(scale.object_bytes)
+        for number in range(objects):
+            data = random.Random(f"{name} {number}").randbytes(object_bytes)
             (directory / f"{number:04}").write_bytes(data)
             self._digests[f"{name}/{number:04}"] = xxhash.xxh3_128_hexdigest(data)
         with Control(cluster.controller_grpc) as control:
@@ -150,10 +150,11 @@ def _beside_each_other(orders: Sequence[Sequence[str]]) -> list[str]:
 
 def part(names: Sequence[str], scale: Scale, directory: Path) -> dict[str, Any]:
     """Epochs of one job a name, at once, before and after a restart of the nodes."""
-    total_bytes = scale.set_bytes * len(names)
+    total_bytes = scale.bytes
     capacity = f"{total_bytes // 2 // NODES}"
+    each_objects = scale.objects // len(names)
     with DevCluster(nodes=NODES, capacity=capacity, data_dir=directory / "cluster") as cluster:
-        jobs = [Job(cluster, name, directory / name, scale) for name in names]
+        jobs = [Job(cluster, name, directory / name, each_objects, scale.object_bytes) for name in names]
         epochs = []
         for number in range(1, EPOCHS + 1):
             progress(f"{' and '.join(names)}: epoch {number}")
@@ -165,7 +166,7 @@ def part(names: Sequence[str], scale: Scale, directory: Path) -> dict[str, Any]:
         progress(f"{' and '.join(names)}: after a restart")
         epochs.append(epoch(cluster, jobs, EPOCHS + 1, total_bytes) | {"after_restart": True})
         orders = [_beside_each_other([job.order(each["epoch"]) for job in jobs]) for each in epochs]
-        ratios = lru(orders, scale.objects * len(names) // 2)
+        ratios = lru(orders, scale.objects // 2)
     for each, ratio in zip(epochs, ratios, strict=True):
         each["lru_simulated"] = ratio
     return {"jobs": list(names), "cache_bytes": total_bytes // 2, "set_bytes": total_bytes, "epochs": epochs}
@@ -211,7 +212,7 @@ def show(result: dict[str, Any], say: Callable[[str], object] = click.echo) -> N
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result here."
 )
-@click.option("--tiny", is_flag=True, help="A MiB instead of a GiB: proves that it runs.")
+@click.option("--tiny", is_flag=True, help="2 MiB instead of 4 GiB: proves that it runs.")
 @click.option(
     "--workdir", type=click.Path(file_okay=False, exists=True, path_type=Path), help="Where data lie during the run."
 )

@@ -108,7 +108,7 @@ class DataPlane:
             try:
                 file = await self.sealed(spec)
             except (OSError, DiskStalls) as error:
-                log.warning("shard %s is not read from the drive: %s", spec.key.hex(), error)
+                log.debug("shard %s is not read from the drive: %s", spec.key.hex(), error)
                 if only_cached:
                     raise NotCached(f"shard {spec.key.hex()} cannot be read here now") from error
                 body = await _begun(self.through(spec, wanted.start, wanted.end))
@@ -198,7 +198,7 @@ class DataPlane:
             file = await node.disk.run(store.open_sealed, spec.key, discard=release)
         if file is not None and file.header.size_bytes != spec.size_bytes:
             file.release()
-            await asyncio.to_thread(store.lose, spec.key, Damage.TORN)
+            await node.lose(spec.key, Damage.TORN)
             return None
         return file
 
@@ -322,7 +322,7 @@ class Rescue:
         except DiskStalls:
             return False
         if damage is not None:
-            await asyncio.to_thread(node.store.lose, self._spec.key, damage)
+            await node.lose(self._spec.key, damage)
         return damage is None
 
     def rest(self, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:

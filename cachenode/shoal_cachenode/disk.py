@@ -72,6 +72,7 @@ class Disk:
         self._directory = directory
         self._operations = operations
         self._reads = Operations()
+        operations.followers.append(self._reads)
         self._capacity_bytes = capacity_bytes
         self._stall_s = stall_s
         self._retry_s = retry_s

@@ -7,6 +7,7 @@ nobody changes where the bytes come from, never whether they come.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import math
@@ -21,7 +22,7 @@ from shoal.cluster_map import NodeState
 from shoal.errors import ClusterUnavailable, ShoalError
 from shoal.shards import PART_SIZE, Key
 from shoal.transport import Transport
-from shoal_cachenode.disk import Disk
+from shoal_cachenode.disk import Disk, DiskStalls
 from shoal_cachenode.fill import DiskFailed, Fill, Fills, Urgency
 from shoal_cachenode.holdings import Holdings
 from shoal_cachenode.inventory import Inventory
@@ -313,9 +314,14 @@ class CacheNode:
 
     async def _check(self, key: Key) -> None:
         try:
-            await asyncio.to_thread(self.store.verify, key)
-        except OSError as error:
+            await self.disk.run(self.store.verify, key)
+        except (OSError, DiskStalls) as error:
             log.warning("shard %s cannot be checked now: %s", key.hex(), error)
+
+    async def lose(self, key: Key, damage: Damage) -> None:
+        """`Store.lose`, for which nobody waits longer than the drive answers."""
+        with contextlib.suppress(DiskStalls):
+            await self.disk.run(self.store.lose, key, damage)
 
     async def refetch(self, key: Key) -> None:
         """Fill a shard that was lost, where this node owns it: nobody waits for it. Failures are logged."""

@@ -40,6 +40,15 @@ class Operations:
         self._since: dict[int, float] = {}
         self._clock = clock
         self.timed = _Timed(self._since, clock)
+        self.followers: list[Operations] = []  #: told of every `beat`
+
+    def beat(self) -> None:
+        """What this thread has under way makes progress: it begins anew, for this one and its followers."""
+        thread = threading.get_ident()
+        if thread in self._since:
+            self._since[thread] = self._clock()
+        for follower in self.followers:
+            follower.beat()
 
     def oldest_s(self) -> float:
         """Seconds since the oldest operation under way began; 0.0 where there is none."""

@@ -5,6 +5,7 @@ The rule: a part counts from the moment its checksum is in the attribute, and th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from pathlib import Path
@@ -90,6 +91,8 @@ class PartialFile:
                 os.setxattr(fd, XATTR, self.header.encode(self.key))
             except BaseException:
                 os.close(fd)
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
                 raise
             self._file = SealedFile(fd, self.header)
 
@@ -146,12 +149,8 @@ class PartialFile:
         self._store._publish(self)
 
     def drop(self) -> None:
-        """Give up: remove the file and its reservation. Readers that hold its descriptor keep it.
-
-        Raises OSError as the disk does; nothing is reserved then either.
-        """
+        """Give up: see `Store.give_up`. Readers that hold the file's descriptor keep it. Raises OSError."""
         try:
-            self._path.unlink(missing_ok=True)
-        finally:  # a drive that turned read-only keeps the file; the shard may be filled again all the same
-            self._store._forget_partial(self.key)
+            self._store.give_up(self.key, self._path, is_there=self.has_file)
+        finally:
             self.close()

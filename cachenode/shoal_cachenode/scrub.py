@@ -89,7 +89,7 @@ class Scrubber:
                 damage = await asyncio.get_running_loop().run_in_executor(self._threads, _read, file, part)
                 node.counters.scrubbed_bytes.add(end - start)
                 if damage is not None:
-                    await asyncio.to_thread(node.store.lose, key, damage)
+                    await node.lose(key, damage)
                     task = asyncio.create_task(node.refetch(key))
                     self._refetches.add(task)
                     task.add_done_callback(self._refetches.discard)

@@ -9,6 +9,7 @@ import enum
 import errno
 import os
 import threading
+from collections.abc import Callable
 
 import xxhash
 
@@ -76,10 +77,11 @@ def part_is_good(fd: int, header: ShardHeader, part: int) -> bool:
     return check_part(fd, header, part) is None
 
 
-def check(fd: int, header: ShardHeader) -> Damage | None:
-    """What is wrong with a shard: the first thing found, or None."""
+def check(fd: int, header: ShardHeader, beat: Callable[[], None]) -> Damage | None:
+    """What is wrong with a shard: the first thing found, or None. Calls `beat` after each part."""
     for part in range(len(header.checksums)):
         damage = check_part(fd, header, part)
+        beat()
         if damage is not None:
             return damage
     return None

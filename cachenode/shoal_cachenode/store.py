@@ -202,7 +202,7 @@ class Store:
             raise
 
     def _verify_once(self, key: Key, fd: int, header: ShardHeader) -> None:
-        damage = check(fd, header)
+        damage = check(fd, header, self.operations.beat)
         if damage is not None:
             raise _Damaged(damage)
         header.generation = self.generation
@@ -222,7 +222,7 @@ class Store:
         if file is None:
             return None
         try:
-            damage = check(file.fd, file.header)
+            damage = check(file.fd, file.header, self.operations.beat)
         finally:
             file.release()
         if damage is not None:
@@ -271,7 +271,7 @@ class Store:
         Raises:
             AlreadySealed: another fill was faster.
             StoreFull: no room, or a damaged file of the shard is in the way.
-            OSError: as the disk does; nothing is reserved then.
+            OSError: as the disk does; nothing is reserved then, but for a file that the drive keeps.
         """
         path = self._filling_directory / key.hex()
         if self._ledger.reserved.get(key, size_bytes) != size_bytes:
@@ -289,8 +289,7 @@ class Store:
         try:
             partial = self._resume(key, path, size_bytes) if left_over else self._new(key, path, size_bytes)
         except BaseException:
-            path.unlink(missing_ok=True)
-            self._forget_partial(key)
+            self.give_up(key, path, is_there=left_over)
             raise
         with self._lock:
             self._partials[key] = partial
@@ -327,6 +326,21 @@ class Store:
         with self._lock:
             self._partials.pop(partial.key, None)
         partial.close()
+
+    def give_up(self, key: Key, path: Path, *, is_there: bool) -> None:
+        """End a fill for good: remove its file and its reservation.
+
+        Raises OSError as the disk does. The reservation stays then where a file `is_there`, because it takes its room.
+        """
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:
+            if not is_there:
+                self._forget_partial(key)
+            with self._lock:
+                self._partials.pop(key, None)
+            raise
+        self._forget_partial(key)
 
     def evict(self, key: Key) -> int:
         """Unlink a sealed shard, or a partial one that nobody fills; return the bytes that became free.

@@ -72,7 +72,7 @@ class NodeView:
     def stalled(self) -> str | None:
         disk = self._node.disk
         if disk.is_stalling:
-            return disk.fault
+            return None  # it was given up: reads pass through and wait for nothing
         if disk.oldest_read_s >= SLOW_READ_S:
             return f"a read of the drive has taken {disk.oldest_read_s:.1f} s so far"
         return None

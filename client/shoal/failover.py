@@ -247,7 +247,4 @@ class PieceRead:
         """What the node asked should know: whom to avoid, and how long it is waited for."""
         if left_s <= 0:
             raise DeadlineExceeded(f"no time was left to ask node {node.id}")
-        hints = self._cluster.avoiding(self._cluster.address_of(node))
-        if left_s < READ_TIMEOUT_S:
-            hints[shard_client.TIMEOUT] = f"{left_s:.3f}"
-        return hints
+        return self._cluster.avoiding(self._cluster.address_of(node)) | shard_client.time_left(self.until)

@@ -30,8 +30,10 @@ log = logging.getLogger(__name__)
 TARGET = "/v1/alive"
 #: An address that leaves a probe unanswered for so long is grey: it accepts connections and nothing else.
 PROBE_S = 0.2
-#: The longest wait between two looks at the clock. A look that comes later than it should was this process's pause.
-SLICE_S = 0.05
+#: Between two looks at the clock while a probe is out. A look that comes later than it should was a pause of this
+#: process or of the machine, and the shorter the wait, the less of a pause is taken for the address's silence.
+SLICE_S = 0.01
+DRIVE_HANGS = "its drive hangs"
 _HEAD_BYTES = 12  # of "HTTP/1.1 200"
 
 
@@ -85,7 +87,7 @@ class Probe:
                 return str(error)
             return None
         if head.endswith(b"503"):
-            return "its drive hangs"
+            return DRIVE_HANGS
         return ""
 
     def close(self) -> None:

@@ -73,7 +73,7 @@ def read_many(cluster: Cluster, wanted: Sequence[Range], *, verify: bool, timeou
                 one.digest,
                 one.wanted,
                 verify=verify,
-                headers=cluster.avoiding(one.address),
+                headers=cluster.avoiding(one.address) | shard_client.time_left(until),
                 until=until,
             )
         except ShoalError as error:

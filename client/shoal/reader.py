@@ -23,7 +23,7 @@ from shoal import memory, shards
 from shoal.cluster import Cluster
 from shoal.cluster_map import Node
 from shoal.direct import DirectOrigin
-from shoal.errors import DeadlineExceeded, NodeUnavailable, Unavailable
+from shoal.errors import ClusterUnavailable, DeadlineExceeded, NodeUnavailable, Unavailable
 from shoal.failover import PieceRead, Target
 from shoal.parallel import run_parallel
 from shoal.shard_client import ShardAt
@@ -236,8 +236,13 @@ class ObjectReader:
             return read.from_late()
         except DeadlineExceeded as error:
             raise self._too_late(error) from error
+        except ClusterUnavailable:
+            raise
         except Unavailable:
-            raise NodeUnavailable(f"no cache node gave bytes of {path!r}, {failure}") from failure
+            raise NodeUnavailable(
+                f"no cache node gave bytes of {path!r}, {failure}; 'shoal status' says which nodes are up, and a "
+                "dataset that is --direct can be read without any"
+            ) from failure
 
     def _too_late(self, error: DeadlineExceeded) -> DeadlineExceeded:
         return DeadlineExceeded(

@@ -6,6 +6,7 @@ which one next, is the caller's affair.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from shoal.checksums import PartCheck
 from shoal.connection import Answer, MakeView, Watch
 from shoal.errors import ShardCorrupt
 from shoal.maps import ShardId
-from shoal.transport import Pending, Transport
+from shoal.transport import READ_TIMEOUT_S, Pending, Transport
 from shoal.wire import batch
 from shoal.wire.batch import ShardRange
 
@@ -69,6 +70,12 @@ def avoided(headers: Mapping[str, str]) -> frozenset[str]:
     """Ids of the nodes that a request (names in lower case) names with `avoiding`."""
     text = headers.get("shoal-avoid")
     return frozenset(text.split(",")) if text else NOBODY
+
+
+def time_left(until: float) -> dict[str, str]:
+    """The header that says how long the sender waits; none where that is longer than anybody is silent."""
+    left_s = until - time.monotonic()
+    return {TIMEOUT: f"{max(0.001, left_s):.3f}"} if left_s < READ_TIMEOUT_S else {}
 
 
 def read(

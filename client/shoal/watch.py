@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 #: An address that leaves a probe unanswered for so long is taken for grey where others can be asked instead, and where
 #: there is nobody else: a machine so short of processors that its servers are late is better waited for.
 HASTY_S, PATIENT_S = 0.2, 5.0
+#: Between two looks at the clock while no probe is out.
+IDLE_S = 0.05
 #: Fewer bytes a second than this are worth asking another node.
 SLOW_BYTES_PER_S = 1 << 20
 #: A node that answered a probe and is still silent is probed again after this.
@@ -164,6 +166,8 @@ class _Pulse:
             return liveness.silence(self._patience_s) if self._waited_s >= self._patience_s else ""
         self.end()
         self._again_in_s = PROBE_AGAIN_S
+        if verdict == liveness.DRIVE_HANGS and self._patience_s == PATIENT_S:
+            return ""  # nobody else is left to ask, and it lives: soon it gives its drive up and reads elsewhere
         return verdict
 
     def end(self) -> None:
@@ -197,13 +201,14 @@ class _Vigil:
             left_s = until - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError
-            ready = self._ready(min(SLICE_S, left_s))
+            slice_s = SLICE_S if self._pulse.probe is not None else IDLE_S
+            ready = self._ready(min(slice_s, left_s))
             if self._connection.fileno() in ready:
                 return
             if self._hedge is not None and self._hedge.fileno() in ready:
                 self._look_at_hedge(self._hedge)
                 self._hedge = next(others, None)
-            passed_s = awake.passed(SLICE_S)
+            passed_s = awake.passed(slice_s)
             silent_s += passed_s
             probe = self._pulse.probe
             self._heed(self._pulse.passed(passed_s, is_answered=probe is not None and probe.fileno() in ready))
