@@ -63,6 +63,12 @@ Every flag is also an environment variable: SHOAL_CACHENODE_DATA_DIR, SHOAL_CACH
 )
 @click.option("--scrub-rate", default="16MiB", metavar="SIZE", help="Bytes a second to read and verify; 0: none.")
 @click.option(
+    "--rebalance-rate",
+    default="200MiB",
+    metavar="SIZE",
+    help="Bytes a second to take over from peers after a map change; 0: none.",
+)
+@click.option(
     "--stall-after",
     default=5.0,
     type=click.FloatRange(0.1),
@@ -87,6 +93,7 @@ def main(
     idle_after: str,
     unread_share: float,
     scrub_rate: str,
+    rebalance_rate: str,
     stall_after: float,
     congestion: str,
     senders: int,
@@ -108,6 +115,7 @@ def main(
             idle_after_s=parse_time(idle_after),
             unread_share=unread_share,
             scrub_rate=sizes.parse(scrub_rate),
+            rebalance_rate=sizes.parse(rebalance_rate),
             stall_s=stall_after,
             origin_bytes_per_s=sizes.parse(origin_rate) if origin_rate is not None else 0,
         )

@@ -49,7 +49,7 @@ from shoal_cachenode.node import CacheNode
 from shoal_cachenode.scheduler import DiskFailed, Urgency
 from shoal_cachenode.sealed_file import Damage, SealedFile, warm
 from shoal_cachenode.shard_file import ShardHeader
-from shoal_cachenode.source import Source
+from shoal_cachenode.source import NobodyHasIt, Source
 from shoal_cachenode.store import AlreadySealed, StoreFull
 
 log = logging.getLogger(__name__)
@@ -232,7 +232,11 @@ class DataPlane:
         except (StoreFull, DiskFailed) as error:
             log.info("shard %s passes through: %s", spec.key.hex(), error)
             return await _begun(self.through(spec, wanted.start, wanted.end))
-        return await _begun(self._from_fill(spec, fill, wanted.start, wanted.end))
+        try:
+            return await _begun(self._from_fill(spec, fill, wanted.start, wanted.end))
+        except NobodyHasIt:  # the shard was being moved here, and whoever had it is gone
+            fill = await self.node.fill(spec, order, Urgency.DEMAND, wanted.start, asker.avoid)
+            return await _begun(self._from_fill(spec, fill, wanted.start, wanted.end))
 
     async def _relayed(
         self, spec: ShardSpec, wanted: ByteRange, order: tuple[MapNode, ...], asker: Asker

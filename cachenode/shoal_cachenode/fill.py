@@ -55,12 +55,12 @@ class Fill:
         self._idle = asyncio.Event()
         self._idle.set()
         self._missing = {part for part, known in enumerate(partial.header.checksums) if known is None}
-        self._urgency_of_rest = Urgency.PREFETCH if urgency is Urgency.PREFETCH else Urgency.REST
+        self._urgency_of_rest = max(urgency, Urgency.REST)
         self._has_begun = False
         self._queued: set[int] = set()
         self._wanted: deque[int] = deque()  # by readers, in their order
         self._rest = deque(sorted(self._missing))
-        if urgency is Urgency.PREFETCH:
+        if urgency >= Urgency.PREFETCH:
             self._begin()
         elif first in self._missing:
             self._push(urgency, first)

@@ -58,6 +58,11 @@ class NodeCollector(Collector):
             "shoal_node_scrubbed_bytes", "Bytes of sealed shards that the scrubber read.", counters.scrubbed_bytes.value
         )
         yield CounterMetricFamily(
+            "shoal_node_rebalanced_bytes",
+            "Bytes of shards moved here because this node owns them.",
+            counters.rebalanced_bytes.value,
+        )
+        yield CounterMetricFamily(
             "shoal_node_disk_failures", "Times that the drive began to fail or to stall.", node.disk.failures
         )
         retries = CounterMetricFamily(
@@ -95,6 +100,11 @@ class NodeCollector(Collector):
                 "Other processes that do not answer this node.",
                 len(node.transport.health.circuits),
             ),
+            "shoal_node_rebalance_short_bytes": (
+                "Bytes of shards this node owns, peers hold, and there is no room for.",
+                node.rebalance.short_bytes,
+            ),
+            "shoal_node_rebalancing": ("1 while shards are looked for or moved.", int(node.rebalance.is_busy)),
             "shoal_node_epoch": ("Epoch of the cluster map in use.", node.library.knowledge.cluster_map.epoch),
             "shoal_node_healthy": ("1 while the drive works.", 0 if node.disk.fault else 1),
         }

@@ -29,18 +29,20 @@ from shoal_cachenode.inventory import Inventory
 from shoal_cachenode.library import Knowledge, Library, ShardSpec, find_shard
 from shoal_cachenode.origin_budget import OriginBudget, Rate
 from shoal_cachenode.passing import Passing
+from shoal_cachenode.rebalance import Rebalance
 from shoal_cachenode.retention import Step
 from shoal_cachenode.room import Room
 from shoal_cachenode.scheduler import DiskFailed, Urgency
 from shoal_cachenode.scrub import Scrubber
 from shoal_cachenode.sealed_file import Damage
-from shoal_cachenode.source import Counter, FirstThatHasIt, OriginSource, PeerSource, Source
+from shoal_cachenode.source import Counter, FirstThatHasIt, Nobody, OriginSource, PeerSource, Source
 from shoal_cachenode.store import AlreadySealed, Store, StoreFull
 from shoal_cachenode.usage import SAVE_INTERVAL_S, Usage
+from shoal_cachenode.whereabouts import Whereabouts
 
 log = logging.getLogger(__name__)
 
-#: Nodes that are asked for a shard they do not own before the origin is: after a map change they are its last owners.
+#: Nodes that are asked for a shard they do not own, while it is not known who holds it: the next in order.
 FORMER_OWNERS_ASKED = 2
 #: The longest silence of a peer that answers probes: it may be waiting for a slow origin.
 PEER_TIMEOUT_S = 20.0
@@ -57,6 +59,7 @@ class Config:
         idle_after_s: a dataset that was not used for so long is idle, and gives way to others.
         unread_share: of the capacity: so much that was prefetched and not read yet may have taken idle datasets' room.
         scrub_rate: bytes a second that the scrubber reads; 0: none.
+        rebalance_rate: bytes a second that are moved here from peers because this node owns them now; 0: none.
         stall_s: an operation on the drive that takes longer hangs.
         retry_s: from one trial of a failed drive to the next.
     """
@@ -70,6 +73,7 @@ class Config:
     idle_after_s: float = 3600.0
     unread_share: float = 0.5
     scrub_rate: int = 16 << 20
+    rebalance_rate: int = 200 << 20
     stall_s: float = 5.0
     retry_s: float = 5.0
 
@@ -103,6 +107,7 @@ class Counters:
     shards_corrupt: CountByCause = field(default_factory=lambda: CountByCause(Damage))
     dropped_bytes: CountByCause = field(default_factory=lambda: CountByCause(step.name.lower() for step in Step))
     scrubbed_bytes: Counter = field(default_factory=Counter)
+    rebalanced_bytes: Counter = field(default_factory=Counter)
 
 
 class CacheNode:
@@ -138,6 +143,8 @@ class CacheNode:
         self.passing = Passing(config.part_size)
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="io"))
         self._scrubber = Scrubber(self)
+        self.whereabouts = Whereabouts(self)
+        self.rebalance = Rebalance(self, config.rebalance_rate)
         self._keeping = asyncio.create_task(self._keep_usage())
 
     @property
@@ -179,6 +186,7 @@ class CacheNode:
         if knowledge.cluster_id == before.cluster_id and before.snapshots() - served:
             # Only a controller that once told of a dataset may take it away: one that lost its disk knows of none.
             await self._drop_unserved(served)
+        self.rebalance.wake()
         for callback in self._on_knowledge:
             callback()
 
@@ -222,28 +230,40 @@ class CacheNode:
         avoid: frozenset[str] = shard_client.NOBODY,
         *,
         waits: bool = False,
+        is_move: bool = False,
     ) -> Source:
         """Where a fill of `spec` here reads: owners before this one, then whoever may still hold it, then the origin.
 
         Args:
             avoid: nodes that did not answer whoever asks.
             waits: for room in the origin's budget, in the thread that reads; else `OriginBusy` is raised.
+            is_move: from peers that have it, and from nobody else.
 
         May block while the origin is opened.
         """
         replicas = min(spec.dataset.record.replicas, len(order))
         rank = self.rank(order)
-        peers: list[Source] = []
-        if rank is not None:
-            before = [node for node in order[: min(rank, replicas)] if not self.is_avoided(node, avoid)]
-            peers += [self.peer(node, spec, cached_only=False, avoid=avoid) for node in before]
-        former = [node for node in order[min(rank or 0, replicas) :] if node.id != self.id][
-            : replicas - 1 + FORMER_OWNERS_ASKED
+        before = order[: min(rank, replicas)] if rank is not None and not is_move else ()
+        peers: list[Source] = [
+            self.peer(node, spec, cached_only=False, avoid=avoid) for node in before if not self.is_avoided(node, avoid)
         ]
-        former += [n for n in self.library.knowledge.cluster_map.nodes if n.state is NodeState.DRAINING]
-        former = [node for node in former if node.id != self.id and not self.is_avoided(node, avoid)]
-        peers += [self.peer(node, spec, cached_only=True) for node in former]
-        return FirstThatHasIt(peers, self.origin_source(spec, waits=waits))
+        others = [
+            node
+            for node in self._may_hold(spec, order, replicas)
+            if node.id != self.id and node not in before and not self.is_avoided(node, avoid)
+        ]
+        peers += [self.peer(node, spec, cached_only=True) for node in others]
+        return FirstThatHasIt(peers, Nobody() if is_move else self.origin_source(spec, waits=waits))
+
+    def _may_hold(self, spec: ShardSpec, order: tuple[MapNode, ...], replicas: int) -> list[MapNode]:
+        """Nodes that may hold a shard, those that own it first."""
+        owners, rest = order[:replicas], order[replicas:]
+        draining = [n for n in self.library.knowledge.cluster_map.nodes if n.state is NodeState.DRAINING]
+        digest = spec.snapshot.digest
+        if not self.whereabouts.is_current(digest):
+            return [*owners, *rest[:FORMER_OWNERS_ASKED], *draining]
+        holders = self.whereabouts.holders(digest, spec.ordinal)
+        return [*owners, *(node for node in (*rest, *draining) if node.id in holders)]
 
     def is_avoided(self, node: MapNode, avoid: frozenset[str]) -> bool:
         """Whether a node is not to be waited for: it did not answer whoever asks, or does not answer this one."""
@@ -298,8 +318,10 @@ class CacheNode:
         running = self.fills.running(spec.key)
         if running is not None:
             return running
-        if self.library.has_opened_origin(spec.dataset):
-            source = self.source(spec, order, avoid)
+        is_move = urgency is Urgency.REBALANCE
+        await self.whereabouts.settle(spec.snapshot.digest)
+        if is_move or self.library.has_opened_origin(spec.dataset):
+            source = self.source(spec, order, avoid, is_move=is_move)
         else:
             source = await asyncio.to_thread(self.source, spec, order, avoid)
         first = start // self.config.part_size
@@ -307,7 +329,7 @@ class CacheNode:
         try:
             fill = await self._join(spec, source, urgency, first)
         except StoreFull:
-            if not await self.room.make(spec, is_prefetch=urgency is Urgency.PREFETCH):
+            if not await self.room.make(spec, is_prefetch=urgency >= Urgency.PREFETCH):
                 raise
             fill = await self._join(spec, source, urgency, first)
         if urgency is Urgency.PREFETCH and is_new:
@@ -405,6 +427,8 @@ class CacheNode:
     async def close(self) -> None:
         self._keeping.cancel()
         await asyncio.gather(self._keeping, return_exceptions=True)
+        await self.rebalance.close()
+        await self.whereabouts.close()
         await self._scrubber.close()
         await self.fills.close()
         await self.disk.close()

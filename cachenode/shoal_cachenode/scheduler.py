@@ -47,6 +47,7 @@ class Urgency(enum.IntEnum):
     DEMAND = 0  #: a reader waits for this part
     REST = 1  #: a reader wanted another part of this shard
     PREFETCH = 2  #: nobody waits yet
+    REBALANCE = 3  #: a peer has it, and serves it meanwhile
 
 
 class DiskFailed(Exception):
@@ -105,7 +106,7 @@ class _Lane:
 
     def room_in_s(self, waiting: _Waiting, fetches: int, *, from_origin: bool) -> float:
         """As `OriginBudget.room_in_s`; infinity where the dataset has enough under way."""
-        share = PREFETCH_SHARE if waiting.urgency is Urgency.PREFETCH else 1.0
+        share = PREFETCH_SHARE if waiting.urgency >= Urgency.PREFETCH else 1.0
         if self.in_flight >= max(1.0, share * fetches):
             return math.inf
         return self.budget.room_in_s(share) if from_origin else 0.0

@@ -136,6 +136,19 @@ class Counter:
             self.value += amount
 
 
+class NobodyHasIt(NotCached):
+    """No peer gave a shard that was to be moved here."""
+
+
+class Nobody:
+    """The last resort of a fill that moves a shard between nodes: the origin is not asked."""
+
+    needs_origin = False
+
+    def stream(self, start: int, end: int, sink: Sink) -> None:
+        raise NobodyHasIt("no peer gives the shard that was to be moved here: it is fetched when it is read")
+
+
 class FirstThatHasIt:
     """Peers in order, then the last resort. A peer that fails once for this shard is not asked again."""
 

@@ -1,4 +1,4 @@
-"""Snapshots that a node fetches: nothing is left of a fetch that failed or was cut short, or held for no use."""
+"""Snapshots that a node fetches: nothing is left of a fetch that failed or was cut short, or is held for no use."""
 
 from __future__ import annotations
 

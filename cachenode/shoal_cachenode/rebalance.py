@@ -1,0 +1,233 @@
+"""Bringing shards to their owners: what this node owns and lacks, and some peer holds, is fetched from there.
+
+After a map change (a node joined, left, drains, or offers other bytes), after a change of a dataset's replicas, and now
+and then in between, because a shard that was read on demand has one copy where its dataset wants more. So a lost replica
+is made again from the other one, and a drained node's shards are elsewhere before it goes.
+
+Only bytes that the cluster has are moved: the origin is never asked here, and a shard that nobody holds is left to
+whoever reads it. Nothing live is dropped to make room. The rate is bounded, and parts that a reader waits for go first.
+
+The rule: a shard is fetched by its owner, once, from one peer; so what moves is what the map says must move.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.cluster_map import NodeState
+from shoal.errors import ShoalError
+from shoal.snapshot import Snapshot
+from shoal_cachenode.holdings import Holdings
+from shoal_cachenode.library import KnownDataset, ShardSpec
+from shoal_cachenode.scheduler import DiskFailed, Urgency
+from shoal_cachenode.store import AlreadySealed, StoreFull
+from shoal_cachenode.whereabouts import Mask
+
+if TYPE_CHECKING:
+    from shoal_cachenode.node import CacheNode
+
+log = logging.getLogger(__name__)
+
+#: From one look to the next where no map change calls for one: datasets of one copy, and of several.
+LOOK_INTERVAL_S = 600.0
+REPAIR_INTERVAL_S = 30.0
+#: While this node drains: its controller waits for what it says.
+DRAIN_INTERVAL_S = 1.0
+#: Map changes come in bursts, when a rack is started.
+SETTLE_S = 0.2
+#: Shards on their way at a time: enough to keep one source busy while the next seals.
+AT_A_TIME = 3
+
+
+Ordinals = npt.NDArray[np.int64]
+
+
+def plan(owned: Mask, held: Mask, elsewhere: Mapping[str, Mask]) -> Ordinals:
+    """What a node is to fetch: the shards that it owns and lacks, and some peer holds.
+
+    Args:
+        owned, held: by this node. Shape (n,).
+        elsewhere: for each peer that answered, what it holds. Each of shape (n,).
+    """
+    available = np.zeros_like(held)
+    for mask in elsewhere.values():
+        available |= mask
+    return np.flatnonzero(owned & ~held & available)
+
+
+def left_to_hand_over(held: Mask, owned_by: Mapping[str, Mask], elsewhere: Mapping[str, Mask], copies: int) -> Ordinals:
+    """The shards that a draining node holds and fewer than `copies` of their new owners do.
+
+    Args:
+        held: by this node. Shape (n,).
+        owned_by: for each node that owns shards, which those are; fewer than `copies` such nodes can hold no more.
+        elsewhere: for each peer, what it holds.
+    """
+    count = np.zeros(len(held), np.int64)
+    for node_id, owned in owned_by.items():
+        mask = elsewhere.get(node_id)
+        if mask is not None:
+            count += owned & mask
+    return np.flatnonzero(held & (count < min(copies, len(owned_by))))
+
+
+class Pace:
+    """Bytes a second, over the whole of a busy stretch: pure but for the clock that it is told."""
+
+    def __init__(self, bytes_per_s: int) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_at = 0.0
+
+    def wait_s(self, size_bytes: int, now: float) -> float:
+        """How long to wait before `size_bytes` may be moved; counts them as moved."""
+        start = max(now, self._free_at)
+        self._free_at = start + size_bytes / self._bytes_per_s
+        return start - now
+
+
+class Rebalance:
+    """The background task of one node.
+
+    Args:
+        bytes_per_s: the most that is moved here; 0: nothing is.
+
+    Attributes:
+        short_bytes: what there was no room for at the last look.
+        handover_bytes: what this node, which drains, holds and its new owners do not yet; None while that is not known,
+            and for a node that does not drain.
+        is_busy: it looks, or moves.
+    """
+
+    def __init__(self, node: CacheNode, bytes_per_s: int) -> None:
+        self._node = node
+        self._pace = Pace(bytes_per_s) if bytes_per_s > 0 else None
+        self._wanted = asyncio.Event()
+        self._wanted.set()  # at the start, too: the map may have changed while this node was away
+        self.short_bytes = 0
+        self.handover_bytes: int | None = None
+        self.is_busy = False
+        self._task = asyncio.create_task(self._run())
+
+    def wake(self) -> None:
+        """There are new orders."""
+        self.handover_bytes = None
+        self._wanted.set()
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._interval_s()):
+                    await self._wanted.wait()
+                await asyncio.sleep(SETTLE_S)
+            except TimeoutError:
+                pass
+            self._wanted.clear()
+            self.is_busy = True
+            try:
+                await self._look()
+            except ShoalError as error:
+                log.info("rebalancing goes on later: %s", error)
+            except Exception:
+                log.exception("rebalancing failed")
+            finally:
+                self.is_busy = False
+
+    def _interval_s(self) -> float:
+        if self._is_draining():
+            return DRAIN_INTERVAL_S
+        knowledge = self._node.library.knowledge
+        several = any(known.record.replicas > 1 for known in knowledge.datasets)
+        return REPAIR_INTERVAL_S if several and len(knowledge.cluster_map.owners()) > 1 else LOOK_INTERVAL_S
+
+    def _is_draining(self) -> bool:
+        me = self._node.library.knowledge.cluster_map.node(self._node.id)
+        return me is not None and me.state is NodeState.DRAINING
+
+    async def _look(self) -> None:
+        node, knowledge = self._node, self._node.library.knowledge
+        node.whereabouts.forget(knowledge.snapshots())
+        if not any(owner.id != node.id for owner in knowledge.cluster_map.owners()):
+            return
+        looked_at, is_draining = time.monotonic(), self._is_draining()
+        left_bytes = short_bytes = 0
+        for known in knowledge.datasets:
+            holdings = await node.holdings_of(known.record.snapshot)
+            if holdings is None:
+                continue
+            opened = await node.library.snapshot(known.record.snapshot)
+            await node.whereabouts.ask(opened.digest, newer_than=looked_at)
+            if is_draining:
+                left_bytes += await asyncio.to_thread(self._left_bytes, known, opened, holdings)
+            elif self._pace is not None:
+                moves = await asyncio.to_thread(self._plan, known, opened, holdings)
+                short_bytes += await self._move_all(known, opened, holdings, moves)
+            if self._wanted.is_set():
+                return  # a newer map: all of it is looked at anew
+        self.short_bytes = short_bytes
+        if is_draining:
+            self.handover_bytes = left_bytes
+
+    def _plan(self, known: KnownDataset, opened: Snapshot, holdings: Holdings) -> Ordinals:
+        placement = self._node.library.placement(opened, known.record.replicas)
+        elsewhere = self._node.whereabouts.masks(opened.digest, len(holdings.table))
+        return plan(placement.owned_by(self._node.id), holdings.held, elsewhere)
+
+    def _left_bytes(self, known: KnownDataset, opened: Snapshot, holdings: Holdings) -> int:
+        placement = self._node.library.placement(opened, known.record.replicas)
+        elsewhere = self._node.whereabouts.masks(opened.digest, len(holdings.table))
+        owned_by = {owner.id: placement.owned_by(owner.id) for owner in placement.nodes}
+        left = left_to_hand_over(holdings.held, owned_by, elsewhere, known.record.replicas)
+        return int(holdings.table.sizes[left].sum())
+
+    async def _move_all(self, known: KnownDataset, opened: Snapshot, holdings: Holdings, moves: Ordinals) -> int:
+        """Fetch shards, a few at a time, until a newer map is there; return the bytes that there was no room for."""
+        queue, table, short_bytes = iter(moves.tolist()), holdings.table, 0
+
+        async def move_some() -> None:
+            nonlocal short_bytes
+            for ordinal in queue:
+                if self._wanted.is_set():
+                    return
+                size_bytes = int(table.sizes[ordinal])
+                await self._pause(size_bytes)
+                key = table.keys[ordinal].astype("<u8").tobytes()
+                row, index = int(table.rows[ordinal]), int(table.indexes[ordinal])
+                if not await self._move(ShardSpec(known, opened, row, index, key, size_bytes)):
+                    short_bytes += size_bytes
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(AT_A_TIME, len(moves))):
+                group.create_task(move_some())
+        if short_bytes:
+            log.warning("%d bytes of %s that this node owns find no room here", short_bytes, known.record.name)
+        return short_bytes
+
+    async def _pause(self, size_bytes: int) -> None:
+        assert self._pace is not None, "nothing is moved at no rate"
+        await asyncio.sleep(self._pace.wait_s(size_bytes, time.monotonic()))
+
+    async def _move(self, spec: ShardSpec) -> bool:
+        """Fetch one shard from a peer that has it; False where there is no room for it."""
+        try:
+            fill = await self._node.fill(spec, self._node.order(spec), Urgency.REBALANCE)
+            await asyncio.shield(fill.sealed)
+            self._node.counters.rebalanced_bytes.add(spec.size_bytes)
+        except AlreadySealed:
+            pass
+        except StoreFull:
+            return False
+        except (DiskFailed, ShoalError) as error:
+            # Whoever reads it fetches it; else it is tried again at the next look.
+            log.info("shard %s was not moved here: %s", spec.key.hex(), error)
+        return True
