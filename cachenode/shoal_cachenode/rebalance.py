@@ -100,8 +100,8 @@ class Rebalance:
 
     Attributes:
         short_bytes: what there was no room for at the last look.
-        handover_bytes: what this node, which drains, holds and its new owners do not yet; None while that is not known,
-            and for a node that does not drain.
+        handover_bytes: what this node, which drains, holds and the owners of the present map do not yet; None while
+            that is not known, and for a node that does not drain.
         is_busy: it looks, or moves.
     """
 
@@ -111,13 +111,19 @@ class Rebalance:
         self._wanted = asyncio.Event()
         self._wanted.set()  # at the start, too: the map may have changed while this node was away
         self.short_bytes = 0
-        self.handover_bytes: int | None = None
+        self._handover: tuple[int, int] | None = None  # epoch of the map it is about, bytes
         self.is_busy = False
         self._task = asyncio.create_task(self._run())
 
+    @property
+    def handover_bytes(self) -> int | None:
+        if self._handover is None or self._handover[0] != self._node.library.knowledge.cluster_map.epoch:
+            return None  # a newer map has other owners, and whoever hears 0 may stop this node
+        return self._handover[1]
+
     def wake(self) -> None:
         """There are new orders."""
-        self.handover_bytes = None
+        self._handover = None
         self._wanted.set()
 
     async def close(self) -> None:
@@ -176,7 +182,7 @@ class Rebalance:
                 return  # a newer map: all of it is looked at anew
         self.short_bytes = short_bytes
         if is_draining:
-            self.handover_bytes = left_bytes
+            self._handover = knowledge.cluster_map.epoch, left_bytes
 
     def _plan(self, known: KnownDataset, opened: Snapshot, holdings: Holdings) -> Ordinals:
         placement = self._node.library.placement(opened, known.record.replicas)
