@@ -19,6 +19,7 @@ soak: .venv/.test  ## faults of every kind at random under load: make soak MINUT
 bench: .venv/.test  ## full-size benchmarks, half an hour; results go to benchmarks/results/
 	$(BIN)/python -m benchmarks.placement
 	$(BIN)/python -m benchmarks.snapshot
+	$(BIN)/python -m benchmarks.retention --json benchmarks/results/retention.json
 	$(BIN)/python -m benchmarks
 
 lint: .venv/.test

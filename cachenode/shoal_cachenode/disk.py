@@ -19,7 +19,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
@@ -130,6 +130,22 @@ class Disk:
         if not is_taken:
             raise DiskStalls(self.fault)
         return job.result()
+
+    async def unless_it_stalls(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of work of which a part waits for the drive in a thread elsewhere.
+
+        Raises:
+            DiskStalls: the drive does; the work is cancelled.
+        """
+        task = asyncio.ensure_future(work)
+        either: list[asyncio.Future[Any]] = [task, self._stalls]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            task.cancel()
+        if not task.done():
+            raise DiskStalls(self.fault)
+        return task.result()
 
     def failed(self, error: OSError) -> None:
         """A write failed: nothing is written from now on until a trial succeeds."""

@@ -175,7 +175,9 @@ class CacheNode:
                 log.warning("snapshot %s is not to be had yet: %s", digest, error)
         self.library.apply(knowledge)
         try:
-            await asyncio.to_thread(self.library.keep)
+            await self.disk.run(self.library.keep)
+        except DiskStalls:
+            pass  # they are kept when the drive is back
         except OSError as error:
             self.disk.failed(error)
         self.usage.keep({known.record.name for known in knowledge.datasets})
@@ -193,8 +195,10 @@ class CacheNode:
             if await self.holdings_of(digest) is None:
                 return  # without its listing nobody can say which files a dataset still needs
         try:
-            freed = await asyncio.to_thread(self.inventory.drop_unserved)
+            freed = await self.disk.run(self.inventory.drop_unserved)
             log.info("dropped %d bytes of datasets and snapshots that are gone", freed)
+        except DiskStalls:
+            pass  # they go when room is needed
         except OSError as error:
             self.disk.failed(error)
 
@@ -321,18 +325,27 @@ class CacheNode:
         else:
             source = await asyncio.to_thread(self.source, spec, order, avoid)
         first = start // self.config.part_size
-        budget = self.budget_of(spec.dataset.record.name)
         is_new = not self.store.has_partial(spec.key)
         try:
-            fill = await self.fills.join(spec.key, spec.size_bytes, source, budget, urgency, first)
+            fill = await self._join(spec, source, urgency, first)
         except StoreFull:
             if not await self.room.make(spec, is_prefetch=urgency >= Urgency.PREFETCH):
                 raise
-            fill = await self.fills.join(spec.key, spec.size_bytes, source, budget, urgency, first)
+            fill = await self._join(spec, source, urgency, first)
         if urgency is Urgency.PREFETCH and is_new:
             self.usage.prefetched(spec.key, spec.size_bytes)
         fill.sealed.add_done_callback(functools.partial(self._on_filled, spec.key))
         return fill
+
+    async def _join(self, spec: ShardSpec, source: Source, urgency: Urgency, first: int) -> Fill:
+        budget = self.budget_of(spec.dataset.record.name)
+        joining = self.fills.join(spec.key, spec.size_bytes, source, budget, urgency, first)
+        if not self.store.has_partial(spec.key):
+            return await joining
+        try:  # what an earlier fill left is read first
+            return await self.disk.unless_it_stalls(joining)
+        except DiskStalls as error:
+            raise DiskFailed(str(error)) from None
 
     def _on_filled(self, key: Key, sealed: asyncio.Future[None]) -> None:
         error = None if sealed.cancelled() else sealed.exception()

@@ -12,21 +12,28 @@ from types import TracebackType
 
 
 class _Timed:
-    """A context manager, shared by all threads, that notes when its body began in this one. Does not nest."""
+    """A context manager, shared by all threads, that notes when its outermost body began in this one."""
 
     __slots__ = ("_clock", "_since")
 
-    def __init__(self, since: dict[int, float], clock: Callable[[], float]) -> None:
+    def __init__(self, since: dict[int, tuple[float, int]], clock: Callable[[], float]) -> None:
         self._since = since
         self._clock = clock
 
     def __enter__(self) -> None:
-        self._since[threading.get_ident()] = self._clock()
+        thread = threading.get_ident()
+        began, depth = self._since.get(thread) or (self._clock(), 0)
+        self._since[thread] = began, depth + 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._since.pop(threading.get_ident(), None)
+        thread = threading.get_ident()
+        began, depth = self._since[thread]
+        if depth == 1:
+            del self._since[thread]
+        else:
+            self._since[thread] = began, depth - 1
 
 
 class Operations:
@@ -37,7 +44,7 @@ class Operations:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._since: dict[int, float] = {}
+        self._since: dict[int, tuple[float, int]] = {}  # by thread: when it began, and how deep it is nested
         self._clock = clock
         self.timed = _Timed(self._since, clock)
         self.followers: list[Operations] = []  #: told of every `beat`
@@ -46,14 +53,14 @@ class Operations:
         """What this thread has under way makes progress: it begins anew, for this one and its followers."""
         thread = threading.get_ident()
         if thread in self._since:
-            self._since[thread] = self._clock()
+            self._since[thread] = self._clock(), self._since[thread][1]
         for follower in self.followers:
             follower.beat()
 
     def oldest_s(self) -> float:
         """Seconds since the oldest operation under way began; 0.0 where there is none."""
-        began = list(self._since.values())
-        return max(0.0, self._clock() - min(began)) if began else 0.0
+        under_way = list(self._since.values())
+        return max(0.0, self._clock() - min(under_way)[0]) if under_way else 0.0
 
     @property
     def count(self) -> int:

@@ -1,8 +1,8 @@
 """Bringing shards to their owners: what this node owns and lacks, and some peer holds, is fetched from there.
 
 After a map change (a node joined, left, drains, or offers other bytes), after a change of a dataset's replicas, and now
-and then in between, because a shard that was read on demand has one copy where its dataset wants more. So a lost replica
-is made again from the other one, and a drained node's shards are elsewhere before it goes.
+and then in between, because a shard that was read on demand has one copy where its dataset wants more. So a lost
+replica is made again from the other one, and a drained node's shards are elsewhere before it goes.
 
 Only bytes that the cluster has are moved: the origin is never asked here, and a shard that nobody holds is left to
 whoever reads it. Nothing live is dropped to make room. The rate is bounded, and parts that a reader waits for go first.

@@ -18,6 +18,7 @@ import numpy as np
 
 from shoal import sizes
 from shoal.snapshot import Snapshot
+from shoal_cachenode.disk import DiskStalls
 from shoal_cachenode.inventory import DatasetState
 from shoal_cachenode.library import KnownDataset, ShardSpec
 from shoal_cachenode.retention import Mask, Step, guaranteed_bytes
@@ -50,13 +51,17 @@ class Room:
             if states is None:
                 return False  # without its listing nobody can say which files a dataset still needs
             try:
-                dropped = await asyncio.to_thread(
-                    self._node.inventory.make_room,
-                    size_bytes,
-                    states,
-                    asker=spec.dataset.record.name,
-                    may_drop_idle=may_drop_idle,
+                dropped = await self._node.disk.unless_it_stalls(
+                    asyncio.to_thread(
+                        self._node.inventory.make_room,
+                        size_bytes,
+                        states,
+                        asker=spec.dataset.record.name,
+                        may_drop_idle=may_drop_idle,
+                    )
                 )
+            except DiskStalls:
+                return False
             except OSError as error:
                 self._node.disk.failed(error)
                 return False

@@ -287,7 +287,11 @@ class Store:
                 raise StoreFull(f"{size_bytes} bytes do not fit into the {self._ledger.free_bytes} that are free")
             self._partials[key] = None
         try:
-            partial = self._resume(key, path, size_bytes) if left_over else self._new(key, path, size_bytes)
+            if left_over:
+                with self.operations.timed:
+                    partial = self._resume(key, path, size_bytes)
+            else:
+                partial = self._new(key, path, size_bytes)
         except BaseException:
             self.give_up(key, path, is_there=left_over)
             raise
@@ -309,6 +313,7 @@ class Store:
                     for part, known in enumerate(header.checksums):
                         if known is not None:
                             partial.verify_part(part)
+                            self.operations.beat()
                     return partial
                 raise ShardCorrupt("the partial file is of another shard size")
             except BaseException:
@@ -352,7 +357,9 @@ class Store:
                 return 0
             is_partial = key in self._ledger.reserved
         path = self._filling_directory / key.hex() if is_partial else self._sealed_path(key)
-        path.unlink(missing_ok=True)
+        with self.operations.timed:
+            path.unlink(missing_ok=True)
+        self.operations.beat()
         with self._lock:
             # Together: until the ledger forgets the key, another thread may open the file and keep it in `_open`.
             file = self._open.pop(key, None)

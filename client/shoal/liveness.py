@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 #: What is asked. 503 means: alive, but its drive hangs. Any other answer will do.
 TARGET = "/v1/alive"
 #: An address that leaves a probe unanswered for so long is grey: it accepts connections and nothing else.
-PROBE_S = 0.2
+PROBE_S = 0.3
 #: Between two looks at the clock while a probe is out. A look that comes later than it should was a pause of this
 #: process or of the machine, and the shorter the wait, the less of a pause is taken for the address's silence.
 SLICE_S = 0.01

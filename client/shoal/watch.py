@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 #: An address that leaves a probe unanswered for so long is taken for grey where others can be asked instead, and where
 #: there is nobody else: a machine so short of processors that its servers are late is better waited for.
-HASTY_S, PATIENT_S = 0.2, 5.0
+HASTY_S, PATIENT_S = 0.3, 5.0
 #: Between two looks at the clock while no probe is out.
 IDLE_S = 0.05
 #: Fewer bytes a second than this are worth asking another node.

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from shoal import shards
 from shoal.wire import http_connection
 from shoal_cachenode import sealed_file
 from shoal_cachenode.node import CacheNode
@@ -181,7 +182,14 @@ def test_drive_that_hangs(small_image: Path, tmp_path: Path) -> None:
         assert fs.cat_file("set/0") == OBJECTS["0"]
         cluster.run(node.fills.settle())
         cached = node.store.sealed_sizes()
+        row = cluster.snapshot.find("9")
+        assert row is not None
+        left_over = node.store.begin(shards.shard_key(cluster.snapshot.key(row), 0), 32 * KIB)
+        left_over.write_part(0, OBJECTS["9"][: 4 * KIB])
+        node.store.suspend(left_over)
         with filesystems.frozen(tmp_path / "node0"):
+            assert fs.cat_file("set/9") == OBJECTS["9"], "what an earlier fill left hangs before anything is read"
+            cluster.publish()  # orders wait for nothing
             read_all(cluster)
             assert "does not answer (an operation takes" in node.condition
             assert node.store.operations.count > 0, "what hangs, hangs"

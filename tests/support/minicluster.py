@@ -7,6 +7,7 @@ For tests that need to choose what is cached, how small a part is, or what the o
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from shoal import snapshot
-from shoal.cluster_map import ClusterMap
+from shoal.cluster_map import ClusterMap, NodeState
 from shoal.datasets import DatasetRecord
 from shoal.errors import OriginChanged, OriginUnavailable
 from shoal.filesystem import ShoalFileSystem
@@ -156,10 +157,14 @@ class MiniCluster:
     def _socket(self, index: int) -> Path:
         return self.directory / f"{index}.sock"
 
-    def publish(self, *, absent: tuple[int, ...] = ()) -> None:
-        """Give every node a new map, without the nodes `absent`."""
+    def publish(self, *, absent: tuple[int, ...] = (), states: Mapping[int, NodeState] | None = None) -> None:
+        """Give every node a new map, without the nodes `absent`; `states` are those of nodes that are not up."""
         self.epoch += 1
-        members = [n.describe() for i, n in enumerate(self.nodes) if i not in absent]
+        members = [
+            dataclasses.replace(n.describe(), state=(states or {}).get(i, NodeState.UP))
+            for i, n in enumerate(self.nodes)
+            if i not in absent
+        ]
         cluster_map = ClusterMap(self.epoch, tuple(sorted(members, key=lambda n: n.id)))
         for index in range(len(self.nodes)):
             self.deliver(index, cluster_map)

@@ -214,6 +214,15 @@ def test_nothing_is_stated_outside_of_the_statements() -> None:
             assert not line or line.startswith(("- **", "  ", "|")), line
 
 
+def test_every_promise_of_the_failures_page_has_its_tests() -> None:
+    """The files that the table at its top names are there, and every file of fault tests is named on the page."""
+    text = (ROOT / "docs" / "failures.md").read_text()
+    there = {path.name for path in (ROOT / "tests" / "faults").glob("test_*.py")}
+    table = {name for row in re.findall(r"^\|.*\|$", text, re.MULTILINE) for name in re.findall(r"test_\w+\.py", row)}
+    assert table <= there, f"no such files: {table - there}"
+    assert there <= set(re.findall(r"test_\w+\.py", text)), f"not on the page: {there - table}"
+
+
 def names_of_tests(path: Path) -> set[str]:
     """Tests of a file, and those of its classes as ``Class::test``; what a state machine is run by counts too."""
     names = set()
