@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: From one look to the next where no map change calls for one: datasets of one copy, and of several.
+#: From one look to the next where no map change calls for one: datasets of one copy; several, or while a node drains.
 LOOK_INTERVAL_S = 600.0
 REPAIR_INTERVAL_S = 30.0
 #: While this node drains: its controller waits for what it says.
@@ -153,6 +153,8 @@ class Rebalance:
         if self._is_draining():
             return DRAIN_INTERVAL_S
         knowledge = self._node.library.knowledge
+        if any(each.state is NodeState.DRAINING for each in knowledge.cluster_map.nodes):
+            return REPAIR_INTERVAL_S  # somebody waits for what the first look could not move
         several = any(known.record.replicas > 1 for known in knowledge.datasets)
         return REPAIR_INTERVAL_S if several and len(knowledge.cluster_map.owners()) > 1 else LOOK_INTERVAL_S
 
@@ -170,6 +172,8 @@ class Rebalance:
         for known in knowledge.datasets:
             holdings = await node.holdings_of(known.record.snapshot)
             if holdings is None:
+                if is_draining:
+                    return  # whoever hears that nothing is left may stop this node, and that is not known
                 continue
             opened = await node.library.snapshot(known.record.snapshot)
             await node.whereabouts.ask(opened.digest, newer_than=looked_at)

@@ -1,4 +1,4 @@
-"""The Control service: what people and tools ask (``shoal dataset``, ``shoal prefetch``, ``shoal node``, ``shoal status``).
+"""The Control service: what people and tools ask (``shoal dataset``, ``prefetch``, ``node``, ``status``).
 
 The rule: an answer tells what is in the record.
 """

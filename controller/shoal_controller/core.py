@@ -169,7 +169,7 @@ class Core:
         if member.is_draining == is_draining:
             return ()
         members = {**self.state.members, node_id: membership.drain(member, is_draining=is_draining)}
-        # A node that is down owns nothing either way, so no epoch comes of it; what it will be is recorded all the same.
+        # A node that is down owns nothing either way, so no epoch comes of it; what it will be is recorded.
         return self._set_members(members) or (self._save_map(),)
 
     def _save_map(self) -> SaveMap:

@@ -6,8 +6,8 @@ node that reports a greater one (this controller lost its disk) makes it jump pa
 Two live processes may claim one node id (a copied data directory). The newer one has it, as a node that moved would;
 the older one is refused while the newer lives, because taking turns would be a new epoch with every heartbeat.
 
-Draining is people's word, so nothing that a node says of itself and no absence undoes it: only they do, or that the node
-is forgotten.
+Draining is people's word, so nothing that a node says of itself and no absence undoes it: only they do, or that the
+node is forgotten.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def handover_bytes(member: Member, state: State) -> int | None:
 
 
 def handover_waits_for(member: Member, state: State) -> str:
-    """Why a draining node still holds what the owners of now do not, in words; "" where it does not, or is not draining.
+    """Why a draining node holds what the owners of now lack, in words; "" where it does not, or is not draining.
 
     So a node has been drained when it is draining and waits for nothing.
     """
