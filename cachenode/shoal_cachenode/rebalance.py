@@ -165,8 +165,11 @@ class Rebalance:
     async def _look(self) -> None:
         node, knowledge = self._node, self._node.library.knowledge
         node.whereabouts.forget(knowledge.snapshots())
-        if not any(owner.id != node.id for owner in knowledge.cluster_map.owners()):
-            return
+        cluster_map = knowledge.cluster_map
+        if not any(peer.id != node.id and peer.state is not NodeState.DOWN for peer in cluster_map.nodes):
+            return  # nobody to fetch from; the last owner still takes what nodes that drain hold
+        if not cluster_map.owners():
+            return  # nobody to hand over to
         looked_at, is_draining = time.monotonic(), self._is_draining()
         left_bytes = short_bytes = 0
         for known in knowledge.datasets:

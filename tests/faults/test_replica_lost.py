@@ -1,4 +1,4 @@
-"""A node and its drive are lost for good: what had two holders has two again, made from the other, before the next loss."""
+"""A node and its drive are lost for good: what had two holders has two again, made from the other one."""
 
 from __future__ import annotations
 
