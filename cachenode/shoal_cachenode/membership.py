@@ -113,6 +113,8 @@ class Membership:
             condition=node.condition,
             leaving=leaving,
             version=VERSION,
+            handover_bytes=node.rebalance.handover_bytes,
+            short_bytes=node.rebalance.short_bytes,
         )
         for known in knowledge.datasets:
             digest = known.record.snapshot

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: From one look to the next where no map change calls for one: datasets of one copy, and of several.
+#: From one look to the next where no map change calls for one: datasets of one copy; several, or while a node drains.
 LOOK_INTERVAL_S = 600.0
 REPAIR_INTERVAL_S = 30.0
 #: While this node drains: its controller waits for what it says.
@@ -100,8 +100,8 @@ class Rebalance:
 
     Attributes:
         short_bytes: what there was no room for at the last look.
-        handover_bytes: what this node, which drains, holds and its new owners do not yet; None while that is not known,
-            and for a node that does not drain.
+        handover_bytes: what this node, which drains, holds and the owners of the present map do not yet; None while
+            that is not known, and for a node that does not drain.
         is_busy: it looks, or moves.
     """
 
@@ -111,13 +111,19 @@ class Rebalance:
         self._wanted = asyncio.Event()
         self._wanted.set()  # at the start, too: the map may have changed while this node was away
         self.short_bytes = 0
-        self.handover_bytes: int | None = None
+        self._handover: tuple[int, int] | None = None  # epoch of the map it is about, bytes
         self.is_busy = False
         self._task = asyncio.create_task(self._run())
 
+    @property
+    def handover_bytes(self) -> int | None:
+        if self._handover is None or self._handover[0] != self._node.library.knowledge.cluster_map.epoch:
+            return None  # a newer map has other owners, and whoever hears 0 may stop this node
+        return self._handover[1]
+
     def wake(self) -> None:
         """There are new orders."""
-        self.handover_bytes = None
+        self._handover = None
         self._wanted.set()
 
     async def close(self) -> None:
@@ -147,6 +153,8 @@ class Rebalance:
         if self._is_draining():
             return DRAIN_INTERVAL_S
         knowledge = self._node.library.knowledge
+        if any(each.state is NodeState.DRAINING for each in knowledge.cluster_map.nodes):
+            return REPAIR_INTERVAL_S  # somebody waits for what the first look could not move
         several = any(known.record.replicas > 1 for known in knowledge.datasets)
         return REPAIR_INTERVAL_S if several and len(knowledge.cluster_map.owners()) > 1 else LOOK_INTERVAL_S
 
@@ -157,13 +165,18 @@ class Rebalance:
     async def _look(self) -> None:
         node, knowledge = self._node, self._node.library.knowledge
         node.whereabouts.forget(knowledge.snapshots())
-        if not any(owner.id != node.id for owner in knowledge.cluster_map.owners()):
-            return
+        cluster_map = knowledge.cluster_map
+        if not any(peer.id != node.id and peer.state is not NodeState.DOWN for peer in cluster_map.nodes):
+            return  # nobody to fetch from; the last owner still takes what nodes that drain hold
+        if not cluster_map.owners():
+            return  # nobody to hand over to
         looked_at, is_draining = time.monotonic(), self._is_draining()
         left_bytes = short_bytes = 0
         for known in knowledge.datasets:
             holdings = await node.holdings_of(known.record.snapshot)
             if holdings is None:
+                if is_draining:
+                    return  # whoever hears that nothing is left may stop this node, and that is not known
                 continue
             opened = await node.library.snapshot(known.record.snapshot)
             await node.whereabouts.ask(opened.digest, newer_than=looked_at)
@@ -176,7 +189,7 @@ class Rebalance:
                 return  # a newer map: all of it is looked at anew
         self.short_bytes = short_bytes
         if is_draining:
-            self.handover_bytes = left_bytes
+            self._handover = knowledge.cluster_map.epoch, left_bytes
 
     def _plan(self, known: KnownDataset, opened: Snapshot, holdings: Holdings) -> Ordinals:
         placement = self._node.library.placement(opened, known.record.replicas)

@@ -77,6 +77,21 @@ class PrefetchCancelled:
     job_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """Somebody wants the node to own nothing. `force`: also where then nobody would own anything."""
+
+    node_id: str
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UndrainRequested:
+    """Somebody wants the node to own its share again."""
+
+    node_id: str
+
+
 Event = (
     NodeRegistered
     | NodeReported
@@ -87,14 +102,17 @@ Event = (
     | DatasetRemoved
     | PrefetchRequested
     | PrefetchCancelled
+    | DrainRequested
+    | UndrainRequested
 )
 
 
 @dataclass(frozen=True, slots=True)
 class SaveMap:
-    """Record the epoch and the known nodes."""
+    """Record the epoch and the known nodes. `draining` are the ids of those that are to own nothing, down or not."""
 
     map: ClusterMap
+    draining: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

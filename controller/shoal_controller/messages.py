@@ -10,7 +10,7 @@ import json
 from datetime import UTC, datetime
 
 from shoal import origin
-from shoal.cluster_map import Node, NodeState
+from shoal.cluster_map import Node
 from shoal.errors import InvalidRequest
 from shoal.wire import shoal_pb2 as pb
 from shoal_controller import status
@@ -30,8 +30,7 @@ def node_from_wire(message: pb.Node) -> Node:
         raise InvalidRequest(f"{message.address!r} is no address of node {message.id}: write HOST:PORT")
     if message.weight > MAX_NUMBER:
         raise InvalidRequest(f"node {message.id} offers {message.weight} bytes of cache, which cannot be")
-    state = NodeState.DRAINING if message.state == NodeState.DRAINING else NodeState.UP
-    return Node(message.id, message.address, message.weight, dict(message.topology), state)
+    return Node(message.id, message.address, message.weight, dict(message.topology))
 
 
 def report_from_wire(message: pb.NodeReport) -> Report:
@@ -62,6 +61,8 @@ def report_from_wire(message: pb.NodeReport) -> Report:
             for share in message.prefetches
         },
         is_leaving=message.leaving,
+        handover_bytes=message.handover_bytes if message.HasField("handover_bytes") else None,
+        short_bytes=message.short_bytes,
     )
 
 
@@ -150,7 +151,7 @@ def status_to_wire(state: State, now: Moment, *, version: str) -> pb.Status:
     """What ``shoal status`` shows."""
     return pb.Status(
         epoch=state.map.epoch,
-        nodes=[_node_status(state.members[node_id], now) for node_id in sorted(state.members)],
+        nodes=[node_status_to_wire(member, state, now) for _, member in sorted(state.members.items())],
         datasets=[dataset_to_wire(state.datasets[name], state) for name in sorted(state.datasets)],
         jobs=[job_to_wire(job) for job in jobs_for_people(state)],
         warnings=status.warnings(state),
@@ -166,8 +167,9 @@ def jobs_for_people(state: State, *, finished: int = 5) -> list[Job]:
     return [job for job in newest_first if not job.is_finished] + done[:finished]
 
 
-def _node_status(member: Member, now: Moment) -> pb.NodeStatus:
+def node_status_to_wire(member: Member, state: State, now: Moment) -> pb.NodeStatus:
     report = member.report
+    waits_for = status.handover_waits_for(member, state)
     return pb.NodeStatus(
         node=node_to_wire(member.node),
         used_bytes=report.used_bytes if report else 0,
@@ -175,6 +177,11 @@ def _node_status(member: Member, now: Moment) -> pb.NodeStatus:
         condition=report.condition if report else "",
         seconds_since_report=max(0.0, now.monotonic_s - member.heard_s),
         version=report.version if report else "",
+        handover_bytes=status.handover_bytes(member, state),
+        short_bytes=report.short_bytes if report else 0,
+        draining=member.is_draining,
+        drained=member.is_draining and not waits_for,
+        waits_for=waits_for,
     )
 
 

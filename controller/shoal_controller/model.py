@@ -61,7 +61,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a node says of itself with each heartbeat. `node.state` is UP or DRAINING, as the node wants to be seen.
+    """What a node says of itself with each heartbeat. Its `node.state` says nothing: that is the controller's to say.
 
     Attributes:
         epoch: of the map that the node uses.
@@ -69,6 +69,8 @@ class Report:
         cached_bytes: by snapshot digest, the bytes it holds of shards that it is the first owner of.
         shares: by job id.
         is_leaving: the node stops in good order.
+        handover_bytes: what it holds and its new owners do not yet; None while that is not known, and unless it drains.
+        short_bytes: of shards that it owns and peers hold, and that it has no room for.
     """
 
     node: Node
@@ -80,6 +82,8 @@ class Report:
     cached_bytes: Mapping[str, int] = field(default_factory=dict)
     shares: Mapping[str, Share] = field(default_factory=dict)
     is_leaving: bool = False
+    handover_bytes: int | None = None
+    short_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,7 @@ class Member:
         displaced: addresses at which the same id lived when a newer process claimed it, and until when they are
             refused, on the monotonic clock.
         contested_by: the displaced address that was heard again, so two processes have one id; "" while none was.
+        is_draining: it was asked to own nothing, and that lasts while it is down.
     """
 
     node: Node
@@ -104,6 +109,7 @@ class Member:
     report: Report | None = None
     displaced: Mapping[str, float] = field(default_factory=dict)
     contested_by: str = ""
+    is_draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)

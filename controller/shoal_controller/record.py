@@ -39,7 +39,7 @@ from shoal_controller.events import (
 )
 from shoal_controller.model import Dataset, Job, JobState, SnapshotInfo
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE cluster (
     one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL DEFAULT (lower(hex(randomblob(16)))),
@@ -47,7 +47,8 @@ CREATE TABLE cluster (
 ) STRICT;
 INSERT INTO cluster (one, epoch) VALUES (1, 0);
 CREATE TABLE nodes (
-    id TEXT PRIMARY KEY, address TEXT NOT NULL, weight INTEGER NOT NULL, topology TEXT NOT NULL, state TEXT NOT NULL
+    id TEXT PRIMARY KEY, address TEXT NOT NULL, weight INTEGER NOT NULL, topology TEXT NOT NULL, state TEXT NOT NULL,
+    is_draining INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE datasets (
     name TEXT PRIMARY KEY, origin TEXT NOT NULL, endpoint TEXT NOT NULL, shard_size INTEGER NOT NULL,
@@ -73,15 +74,20 @@ ALTER TABLE datasets ADD COLUMN is_pinned INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE datasets ADD COLUMN quota_bytes INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE datasets ADD COLUMN is_direct INTEGER NOT NULL DEFAULT 0;
 """,
+    2: "ALTER TABLE nodes ADD COLUMN is_draining INTEGER NOT NULL DEFAULT 0;",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What the record holds. `cluster_id` was made with it, so another one means that the record was lost."""
+    """What the record holds. `cluster_id` was made with it, so another one means that the record was lost.
+
+    `draining` are the ids of the nodes that are to own nothing, down or not.
+    """
 
     cluster_id: str
     map: ClusterMap
+    draining: frozenset[str]
     datasets: tuple[Dataset, ...]
     jobs: tuple[Job, ...]
 
@@ -149,8 +155,11 @@ class Record:
             ((cluster_id, epoch),) = fetch("SELECT id, epoch FROM cluster").fetchall()
             nodes = tuple(
                 Node(node_id, address, weight, json.loads(topology), NodeState(state))
-                for node_id, address, weight, topology, state in fetch("SELECT * FROM nodes ORDER BY id")
+                for node_id, address, weight, topology, state in fetch(
+                    "SELECT id, address, weight, topology, state FROM nodes ORDER BY id"
+                )
             )
+            draining = frozenset(node_id for (node_id,) in fetch("SELECT id FROM nodes WHERE is_draining"))
             snapshots: dict[str, list[SnapshotInfo]] = {}
             for name, *snapshot in fetch(
                 "SELECT dataset, digest, objects, total_bytes FROM snapshots ORDER BY dataset, age"
@@ -172,7 +181,7 @@ class Record:
                     "SELECT * FROM jobs ORDER BY created_utc_s, id"
                 )
             )
-        return Contents(cluster_id, ClusterMap(epoch, nodes), datasets, jobs)
+        return Contents(cluster_id, ClusterMap(epoch, nodes), draining, datasets, jobs)
 
     def write(self, writes: Iterable[Write], staged: Path | None = None) -> None:
         """Carry out the writes of one event, durably.
@@ -210,13 +219,20 @@ class Record:
     def _write(self, write: Write) -> None:
         execute = self._database.execute
         match write:
-            case SaveMap(cluster_map):
+            case SaveMap(cluster_map, draining):
                 execute("UPDATE cluster SET epoch = ?", (cluster_map.epoch,))
                 execute("DELETE FROM nodes")
                 self._database.executemany(
-                    "INSERT INTO nodes VALUES (?, ?, ?, ?, ?)",
+                    "INSERT INTO nodes VALUES (?, ?, ?, ?, ?, ?)",
                     [
-                        (node.id, node.address, node.weight, json.dumps(dict(node.topology)), str(node.state))
+                        (
+                            node.id,
+                            node.address,
+                            node.weight,
+                            json.dumps(dict(node.topology)),
+                            str(node.state),
+                            int(node.id in draining),
+                        )
                         for node in cluster_map.nodes
                     ],
                 )

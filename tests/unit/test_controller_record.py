@@ -76,8 +76,9 @@ def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
     added = replace(dataset(), snapshots=(snapshot(2), snapshot(1)), is_adhoc=True, endpoint="http://s3:9000")
     added = replace(added, is_pinned=True, quota_bytes=5 << 40, is_direct=True)
     done = replace(JOB, id="j0", state=JobState.DONE, finished_utc_s=9.5, created_utc_s=4.0)
-    record.write([SaveMap(MAP), SaveDataset(added), SaveJob(JOB), SaveJob(done)])
+    record.write([SaveMap(MAP, frozenset("b")), SaveDataset(added), SaveJob(JOB), SaveJob(done)])
     record = reopened(record)
+    assert record.load().draining == {"b"}
     contents = record.load()
     assert contents.map == MAP
     assert contents.datasets == (added,)

@@ -131,6 +131,14 @@ class Control:
         answer: pb.Status = self._call("GetStatus", pb.GetStatusRequest())
         return answer
 
+    def drain_node(self, node_id: str, *, force: bool = False) -> pb.NodeStatus:
+        answer: pb.NodeStatus = self._call("DrainNode", pb.DrainNodeRequest(id=node_id, force=force))
+        return answer
+
+    def undrain_node(self, node_id: str) -> pb.NodeStatus:
+        answer: pb.NodeStatus = self._call("UndrainNode", pb.UndrainNodeRequest(id=node_id))
+        return answer
+
     def _call(self, method: str, request: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         try:
             return getattr(self._stub, method)(request, timeout=timeout_s)

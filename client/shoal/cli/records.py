@@ -151,6 +151,11 @@ def node(raw: pb.NodeStatus) -> Json:
         "condition": raw.condition,
         "seconds_since_report": round(raw.seconds_since_report, 3),
         "version": raw.version,
+        "handover_bytes": raw.handover_bytes if raw.HasField("handover_bytes") else None,
+        "short_bytes": raw.short_bytes,
+        "draining": raw.draining,
+        "drained": raw.drained,
+        "waits_for": raw.waits_for,
     }
 
 
@@ -163,7 +168,20 @@ def node_without_controller(known: Node) -> Json:
         "weight": known.weight,
         "topology": dict(known.topology),
     }
-    return mapped | dict.fromkeys(("used_bytes", "capacity_bytes", "condition", "seconds_since_report", "version"))
+    told = ("used_bytes", "capacity_bytes", "condition", "seconds_since_report", "version")
+    return mapped | dict.fromkeys((*told, "handover_bytes", "short_bytes", "draining", "drained", "waits_for"))
+
+
+def node_state(known: Json) -> str:
+    """The node's state for people: with what it has to hand over while it drains."""
+    if not known["draining"]:
+        return str(known["state"])
+    if known["drained"]:
+        return "drained"
+    if known["state"] == "down":
+        return "down, draining"
+    left = known["handover_bytes"]
+    return "draining" if left is None else f"draining, {sizes.format(left)} left"
 
 
 def node_row(known: Json) -> list[str]:
@@ -171,7 +189,7 @@ def node_row(known: Json) -> list[str]:
     return [
         known["id"],
         known["address"],
-        known["state"],
+        node_state(known),
         "?" if used is None else sizes.format(used),
         "?" if capacity is None else sizes.format(capacity),
         sizes.format(known["weight"]),

@@ -190,7 +190,7 @@ class DevCluster:
         return node
 
     def wait_until_joined(self) -> None:
-        """Wait until the controller and all running nodes hold a map in which all running nodes are up.
+        """Wait until the controller and all running nodes hold a map in which no running node is down.
 
         Raises:
             ShoalError: they do not within `ready_timeout_s`.
@@ -309,7 +309,7 @@ class DevCluster:
         except ShoalError:
             return False
         known = ClusterMap.from_json(json.dumps(json.loads(answer.body)["map"]))
-        return wanted <= {node.id for node in known.nodes if node.state is NodeState.UP}
+        return wanted <= {node.id for node in known.nodes if node.state is not NodeState.DOWN}
 
     def _choose_ports(self) -> list[int]:
         """The ports of the last start over this directory where they are still free, else new ones."""

@@ -20,6 +20,7 @@ from tests.faults.soak.origin import Mood
 from tests.faults.soak.plan import Action, Kind
 from tests.faults.soak.world import DATASETS, SMALL_DISKS, World
 from tests.support.processes import stopped
+from tests.support.waiting import wait_for
 
 MOODS = {
     Kind.ORIGIN_SLOWS_DOWN: Mood.SLOW_DOWN,
@@ -29,6 +30,8 @@ MOODS = {
     Kind.ORIGIN_GONE: Mood.GONE,
 }
 CHANGED_AT_ONCE = 4
+#: No fault of the controller lasts so long.
+UNDRAIN_S = 90.0
 _FILL_STEP_BYTES = 1 << 20
 
 
@@ -137,7 +140,22 @@ class Chaos:
             self._pause(for_s)
 
     def _drain(self, action: Action) -> str | None:
-        return "there is no 'shoal node drain' yet"
+        # No excuse for an error: a node that drains serves, whatever was or was not handed over when it is undrained.
+        node_id = self._world.cluster.node_ids[action.node]
+        try:
+            with Control(self._world.cluster.controller_grpc) as control:
+                control.drain_node(node_id)
+            self._pause(action.for_s)
+        except ShoalError as error:
+            return str(error)
+        finally:
+            # Also after an answer that was lost; the controller may be away just now.
+            wait_for(lambda: self._undrain(node_id), UNDRAIN_S)
+        return None
+
+    def _undrain(self, node_id: str) -> bool:
+        with Control(self._world.cluster.controller_grpc) as control:
+            return not control.undrain_node(node_id).draining
 
     def _fill_disk(self, action: Action) -> str | None:
         if self._world.why_no_small_disk:
