@@ -144,7 +144,7 @@ def test_a_lost_replica_is_made_again_from_the_other(tmp_path: Path) -> None:
 
 
 async def wake(node: CacheNode) -> None:
-    node.rebalance.wake()
+    node.rebalance.wake(is_due=True)
 
 
 def test_a_shard_that_its_holder_lost_is_not_fetched_from_the_origin_but_by_who_reads_it(tmp_path: Path) -> None:
