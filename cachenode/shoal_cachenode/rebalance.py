@@ -99,7 +99,6 @@ class Rebalance:
         bytes_per_s: the most that is moved here; 0: nothing is.
 
     Attributes:
-        short_bytes: what there was no room for at the last look.
         handover_bytes: what this node, which drains, holds and the owners of the present map do not yet; None while
             that is not known, and for a node that does not drain.
         is_busy: it looks, or moves.
@@ -110,8 +109,10 @@ class Rebalance:
         self._pace = Pace(bytes_per_s) if bytes_per_s > 0 else None
         self._wanted = asyncio.Event()
         self._wanted.set()  # at the start, too: the map may have changed while this node was away
-        self.short_bytes = 0
+        self._looked: dict[str, tuple[str, int, int]] = {}  # snapshot, copies and epoch, by dataset
+        self._short: dict[str, int] = {}
         self._handover: tuple[int, int] | None = None  # epoch of the map it is about, bytes
+        self._is_due = False
         self.is_busy = False
         self._task = asyncio.create_task(self._run())
 
@@ -121,9 +122,14 @@ class Rebalance:
             return None  # a newer map has other owners, and whoever hears 0 may stop this node
         return self._handover[1]
 
-    def wake(self) -> None:
-        """There are new orders."""
-        self._handover = None
+    @property
+    def short_bytes(self) -> int:
+        """What this node owns and peers hold, and there was no room for at the last look."""
+        return sum(self._short.values())
+
+    def wake(self, *, is_due: bool = False) -> None:
+        """There are new orders; or, `is_due`, look over all datasets now rather than when their time comes."""
+        self._is_due |= is_due
         self._wanted.set()
 
     async def close(self) -> None:
@@ -137,11 +143,12 @@ class Rebalance:
                     await self._wanted.wait()
                 await asyncio.sleep(SETTLE_S)
             except TimeoutError:
-                pass
+                self._is_due = True
             self._wanted.clear()
+            is_due, self._is_due = self._is_due, False
             self.is_busy = True
             try:
-                await self._look()
+                await self._look(is_due=is_due)
             except ShoalError as error:
                 log.info("rebalancing goes on later: %s", error)
             except Exception:
@@ -162,7 +169,8 @@ class Rebalance:
         me = self._node.library.knowledge.cluster_map.node(self._node.id)
         return me is not None and me.state is NodeState.DRAINING
 
-    async def _look(self) -> None:
+    async def _look(self, *, is_due: bool) -> None:
+        """Bring in what is missing: of all datasets where that `is_due`, else of those that orders changed."""
         node, knowledge = self._node, self._node.library.knowledge
         node.whereabouts.forget(knowledge.snapshots())
         cluster_map = knowledge.cluster_map
@@ -171,30 +179,42 @@ class Rebalance:
         if not cluster_map.owners():
             return  # nobody to hand over to
         looked_at, is_draining = time.monotonic(), self._is_draining()
-        left_bytes = short_bytes = 0
+        names = {known.record.name for known in knowledge.datasets}
+        self._looked = {name: what for name, what in self._looked.items() if name in names}
+        self._short = {name: size for name, size in self._short.items() if name in names}
+        left_bytes = 0
         for known in knowledge.datasets:
-            holdings = await node.holdings_of(known.record.snapshot)
+            record = known.record
+            what = record.snapshot, record.replicas, cluster_map.epoch
+            if not is_due and not is_draining and self._looked.get(record.name) == what:
+                continue
+            holdings = await node.holdings_of(record.snapshot)
             if holdings is None:
                 if is_draining:
                     return  # whoever hears that nothing is left may stop this node, and that is not known
                 continue
-            opened = await node.library.snapshot(known.record.snapshot)
-            await node.whereabouts.ask(opened.digest, newer_than=looked_at)
+            opened = await node.library.snapshot(record.snapshot)
             if is_draining:
-                left_bytes += await asyncio.to_thread(self._left_bytes, known, opened, holdings)
+                if holdings.held.any():
+                    await node.whereabouts.ask(opened.digest, newer_than=looked_at)
+                    left_bytes += await asyncio.to_thread(self._left_bytes, known, opened, holdings)
             elif self._pace is not None:
-                moves = await asyncio.to_thread(self._plan, known, opened, holdings)
-                short_bytes += await self._move_all(known, opened, holdings, moves)
+                self._short[record.name] = await self._take_over(known, opened, holdings, looked_at if is_due else -1.0)
             if self._wanted.is_set():
-                return  # a newer map: all of it is looked at anew
-        self.short_bytes = short_bytes
+                return  # newer orders: what is left is looked at anew
+            self._looked[record.name] = what
         if is_draining:
-            self._handover = knowledge.cluster_map.epoch, left_bytes
+            self._handover = cluster_map.epoch, left_bytes
 
-    def _plan(self, known: KnownDataset, opened: Snapshot, holdings: Holdings) -> Ordinals:
+    async def _take_over(self, known: KnownDataset, opened: Snapshot, holdings: Holdings, newer_than: float) -> int:
+        """Fetch what is missing of a dataset; return the bytes that there was no room for."""
         placement = self._node.library.placement(opened, known.record.replicas)
+        owned = await asyncio.to_thread(placement.owned_by, self._node.id)
+        if not (owned & ~holdings.held).any():
+            return 0
+        await self._node.whereabouts.ask(opened.digest, newer_than=newer_than)
         elsewhere = self._node.whereabouts.masks(opened.digest, len(holdings.table))
-        return plan(placement.owned_by(self._node.id), holdings.held, elsewhere)
+        return await self._move_all(known, opened, holdings, plan(owned, holdings.held, elsewhere))
 
     def _left_bytes(self, known: KnownDataset, opened: Snapshot, holdings: Holdings) -> int:
         placement = self._node.library.placement(opened, known.record.replicas)

@@ -144,7 +144,7 @@ def test_a_lost_replica_is_made_again_from_the_other(tmp_path: Path) -> None:
 
 
 async def wake(node: CacheNode) -> None:
-    node.rebalance.wake()
+    node.rebalance.wake(is_due=True)
 
 
 def test_a_shard_that_its_holder_lost_is_not_fetched_from_the_origin_but_by_who_reads_it(tmp_path: Path) -> None:
@@ -188,12 +188,25 @@ def test_a_draining_node_says_what_is_left(tmp_path: Path) -> None:
         read_all(cluster)
         cluster.origin.is_down = True
         leaving = cluster.nodes[0]
-        held = len(keys(cluster, leaving, owned=False))
-        assert held, "else this shows nothing"
+        held = [keys(cluster, node, owned=False) for node in cluster.nodes]
+        assert held[0], "else this shows nothing"
         assert leaving.rebalance.handover_bytes is None
         cluster.publish(states={0: NodeState.DRAINING})
         eventually(lambda: leaving.rebalance.handover_bytes == 0)
         moved = sum(node.counters.rebalanced_bytes.value for node in cluster.nodes)
-        assert moved <= 300 * held
+        gained = sum(len(keys(cluster, node, owned=True) - held[i]) for i, node in enumerate(cluster.nodes))
+        assert 300 * len(held[0]) <= moved <= 300 * gained
         cluster.stop_node(0)
         read_all(cluster, node=1)
+
+
+def test_the_last_owner_takes_what_the_draining_node_holds(tmp_path: Path) -> None:
+    with MiniCluster(tmp_path, OBJECTS, nodes=2) as cluster:
+        read_all(cluster)
+        cluster.origin.is_down = True
+        leaving, last = cluster.nodes
+        cluster.publish(states={0: NodeState.DRAINING})
+        eventually(lambda: leaving.rebalance.handover_bytes == 0)
+        assert len(keys(cluster, last, owned=False)) == len(OBJECTS)
+        cluster.publish(states={0: NodeState.DRAINING, 1: NodeState.DRAINING})
+        assert leaving.rebalance.handover_bytes is None, "what it said was about other owners"

@@ -141,7 +141,7 @@ class Chaos:
 
     def _drain(self, action: Action) -> str | None:
         # No excuse for an error: a node that drains serves, whatever was or was not handed over when it is undrained.
-        node_id = self._world.cluster.node_ids[action.node]
+        node_id = str(self._world.cluster.nodes[action.node].ready["id"])
         try:
             with Control(self._world.cluster.controller_grpc) as control:
                 control.drain_node(node_id)
