@@ -16,6 +16,7 @@ from collections.abc import Callable
 from shoal.errors import OriginUnavailable, Overloaded, Unavailable
 from shoal.shards import Key
 from shoal_cachenode.origin_budget import OriginBudget
+from shoal_cachenode.pace import Pace
 from shoal_cachenode.partial_file import PartialFile
 from shoal_cachenode.scheduler import DiskFailed, Scheduler, Urgency
 from shoal_cachenode.source import Source
@@ -173,6 +174,11 @@ class Fill:
             waiter = self._waiters[part] = self._loop.create_future()
         return waiter
 
+    def size_of(self, part: int) -> int:
+        """Bytes of a part."""
+        start, end = self.partial.header.part_range(part)
+        return end - start
+
     def take(self, part: int) -> bool:
         """Whether the scheduler should fetch `part` now: a part may be queued twice, and is fetched once."""
         if self.sealed.done() or part in self._in_flight or (self._missing and part not in self._missing):
@@ -263,9 +269,12 @@ class Fill:
 class Fills:
     """All fills of a node, at most one a shard: the single flight."""
 
-    def __init__(self, store: Store, fetches: int, *, on_sealed: Callable[[Key], None]) -> None:
+    def __init__(
+        self, store: Store, fetches: int, *, on_sealed: Callable[[Key], None], pace: Pace | None = None
+    ) -> None:
+        """`pace`: of shards that are only moved here."""
         self._store = store
-        self._scheduler = Scheduler(fetches)
+        self._scheduler = Scheduler(fetches, pace)
         self._loop = asyncio.get_running_loop()
         self._fills: dict[Key, asyncio.Task[Fill]] = {}
         self._running: dict[Key, Fill] = {}

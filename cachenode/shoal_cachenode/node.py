@@ -28,6 +28,7 @@ from shoal_cachenode.holdings import Holdings
 from shoal_cachenode.inventory import Inventory
 from shoal_cachenode.library import Knowledge, Library, ShardSpec, find_shard
 from shoal_cachenode.origin_budget import OriginBudget, Rate
+from shoal_cachenode.pace import Pace
 from shoal_cachenode.passing import Passing
 from shoal_cachenode.rebalance import Rebalance
 from shoal_cachenode.retention import Step
@@ -125,7 +126,8 @@ class CacheNode:
         self.usage.adopt(self.store.sealed_sizes() | self.store.reserved_sizes())
         self.inventory = Inventory(self.store, on_dropped=self.usage.forget)
         self.store.on_lost = self._on_lost
-        self.fills = Fills(self.store, config.fetches, on_sealed=self._on_sealed)
+        pace = Pace(config.rebalance_rate) if config.rebalance_rate > 0 else None
+        self.fills = Fills(self.store, config.fetches, on_sealed=self._on_sealed, pace=pace)
         self.id = self.store.node_id
         self.address = ""
         self.disk = Disk(
@@ -144,7 +146,7 @@ class CacheNode:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="io"))
         self._scrubber = Scrubber(self)
         self.whereabouts = Whereabouts(self)
-        self.rebalance = Rebalance(self, config.rebalance_rate)
+        self.rebalance = Rebalance(self, is_on=pace is not None)
         self._keeping = asyncio.create_task(self._keep_usage())
 
     @property

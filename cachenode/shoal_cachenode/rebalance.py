@@ -5,7 +5,8 @@ and then in between, because a shard that was read on demand has one copy where 
 replica is made again from the other one, and a drained node's shards are elsewhere before it goes.
 
 Only bytes that the cluster has are moved: the origin is never asked here, and a shard that nobody holds is left to
-whoever reads it. Nothing live is dropped to make room. The rate is bounded, and parts that a reader waits for go first.
+whoever reads it. Nothing live is dropped to make room. Parts that a reader waits for go first, and moves keep their own
+pace (`shoal_cachenode.pace`).
 
 The rule: a shard is fetched by its owner, once, from one peer; so what moves is what the map says must move.
 """
@@ -78,25 +79,11 @@ def left_to_hand_over(held: Mask, owned_by: Mapping[str, Mask], elsewhere: Mappi
     return np.flatnonzero(held & (count < min(copies, len(owned_by))))
 
 
-class Pace:
-    """Bytes a second, over the whole of a busy stretch: pure but for the clock that it is told."""
-
-    def __init__(self, bytes_per_s: int) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._free_at = 0.0
-
-    def wait_s(self, size_bytes: int, now: float) -> float:
-        """How long to wait before `size_bytes` may be moved; counts them as moved."""
-        start = max(now, self._free_at)
-        self._free_at = start + size_bytes / self._bytes_per_s
-        return start - now
-
-
 class Rebalance:
     """The background task of one node.
 
     Args:
-        bytes_per_s: the most that is moved here; 0: nothing is.
+        is_on: whether shards are moved here.
 
     Attributes:
         handover_bytes: what this node, which drains, holds and the owners of the present map do not yet; None while
@@ -104,9 +91,9 @@ class Rebalance:
         is_busy: it looks, or moves.
     """
 
-    def __init__(self, node: CacheNode, bytes_per_s: int) -> None:
+    def __init__(self, node: CacheNode, *, is_on: bool) -> None:
         self._node = node
-        self._pace = Pace(bytes_per_s) if bytes_per_s > 0 else None
+        self._is_on = is_on
         self._wanted = asyncio.Event()
         self._wanted.set()  # at the start, too: the map may have changed while this node was away
         self._looked: dict[str, tuple[str, int, int]] = {}  # snapshot, copies and epoch, by dataset
@@ -198,7 +185,7 @@ class Rebalance:
                 if holdings.held.any():
                     await node.whereabouts.ask(opened.digest, newer_than=looked_at)
                     left_bytes += await asyncio.to_thread(self._left_bytes, known, opened, holdings)
-            elif self._pace is not None:
+            elif self._is_on:
                 self._short[record.name] = await self._take_over(known, opened, holdings, looked_at if is_due else -1.0)
             if self._wanted.is_set():
                 return  # newer orders: what is left is looked at anew
@@ -233,7 +220,6 @@ class Rebalance:
                 if self._wanted.is_set():
                     return
                 size_bytes = int(table.sizes[ordinal])
-                await self._pause(size_bytes)
                 key = table.keys[ordinal].astype("<u8").tobytes()
                 row, index = int(table.rows[ordinal]), int(table.indexes[ordinal])
                 if not await self._move(ShardSpec(known, opened, row, index, key, size_bytes)):
@@ -245,10 +231,6 @@ class Rebalance:
         if short_bytes:
             log.warning("%d bytes of %s that this node owns find no room here", short_bytes, known.record.name)
         return short_bytes
-
-    async def _pause(self, size_bytes: int) -> None:
-        assert self._pace is not None, "nothing is moved at no rate"
-        await asyncio.sleep(self._pace.wait_s(size_bytes, time.monotonic()))
 
     async def _move(self, spec: ShardSpec) -> bool:
         """Fetch one shard from a peer that has it; False where there is no room for it."""

@@ -1,10 +1,11 @@
 """Which part is fetched next, of all fills of a node, and how many at a time.
 
 Parts queue in one lane a dataset. Of what may begin, the most urgent goes first, then the dataset that has the fewest
-fetches under way, then who came first. Two things hold a part back:
+fetches under way, then who came first. Three things hold a part back:
 
     its dataset has `fetches` under way     so an origin that hangs leaves as many to the others
     its origin's budget has no room         (`shoal_cachenode.origin_budget`); what peers give goes on meanwhile
+    nobody waits for it, and a peer has it  then it keeps the pace of moves (`shoal_cachenode.pace`)
 
 The rule: a part that waits holds no thread. Where the budget says no within a fetch, the part queues again, in its
 place.
@@ -29,6 +30,7 @@ from typing import Any, Protocol
 from shoal.errors import OriginUnavailable, ShoalError
 from shoal.shards import Key
 from shoal_cachenode.origin_budget import OriginBudget, OriginBusy
+from shoal_cachenode.pace import Pace
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,8 @@ class Filling(Protocol):
 
     @property
     def needs_origin(self) -> bool: ...
+
+    def size_of(self, part: int) -> int: ...
 
     def is_awaited(self, part: int) -> bool: ...
 
@@ -117,10 +121,12 @@ class Scheduler:
 
     Args:
         fetches: of one dataset at a time; of all together `DATASETS_AT_A_TIME` times as many.
+        pace: of parts that are only moved; None: they are fetched as others are.
     """
 
-    def __init__(self, fetches: int) -> None:
+    def __init__(self, fetches: int, pace: Pace | None = None) -> None:
         self._fetches = fetches
+        self._pace = pace
         self._lanes: dict[OriginBudget, _Lane] = {}
         self._sequence = itertools.count()
         self._threads = ThreadPoolExecutor(DATASETS_AT_A_TIME * fetches, thread_name_prefix="fill")
@@ -161,6 +167,8 @@ class Scheduler:
                 break
             lane, waiting = found
             if waiting.fill.take(waiting.part):
+                if self._pace is not None and waiting.urgency is Urgency.REBALANCE:
+                    self._pace.spend(waiting.fill.size_of(waiting.part))
                 self.in_flight += 1
                 lane.in_flight += 1
                 self._start(self._fetch(lane, waiting))
@@ -178,6 +186,8 @@ class Scheduler:
             for queue in filter(None, (lane.anywhere, lane.origin)):
                 first = queue[0]
                 room_in_s = lane.room_in_s(first, self._fetches, from_origin=queue is lane.origin)
+                if self._pace is not None and first.urgency is Urgency.REBALANCE:
+                    room_in_s = max(room_in_s, self._pace.room_in_s())
                 if room_in_s > 0:
                     soonest_s = min(soonest_s, room_in_s)
                     continue

@@ -15,7 +15,7 @@ from shoal.cluster_map import NodeState
 from shoal.errors import OriginUnavailable
 from shoal_cachenode import whereabouts
 from shoal_cachenode.node import CacheNode
-from shoal_cachenode.rebalance import Pace, left_to_hand_over, plan
+from shoal_cachenode.rebalance import left_to_hand_over, plan
 from tests.support.minicluster import MiniCluster
 
 OBJECTS = {f"o{n}": bytes((n * 7 + i) % 251 for i in range(300)) for n in range(40)}
@@ -65,12 +65,6 @@ def test_bits_survive_the_wire(held: np.ndarray) -> None:
         if -(-count // 8) != -(-37 // 8):
             with pytest.raises(ValueError, match="do not hold"):
                 whereabouts.unpack(whereabouts.pack(held), count)
-
-
-def test_pace_is_kept_over_a_busy_stretch_and_forgets_idle_time() -> None:
-    pace = Pace(100)
-    assert [pace.wait_s(50, now) for now in (10.0, 10.0, 10.0)] == [0.0, 0.5, 1.0]
-    assert pace.wait_s(50, 100.0) == 0.0
 
 
 def eventually(what: Callable[[], object], seconds: float = 20.0) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from shoal.errors import OriginUnavailable
 from shoal_cachenode.origin_budget import OriginBudget, Rate
+from shoal_cachenode.pace import Pace
 from shoal_cachenode.scheduler import Scheduler, Urgency
 
 FETCHES = 4
@@ -46,6 +47,9 @@ class Fake:
         self.errors: list[BaseException] = []
         self.has_arrived = self.is_taken = self.awaited = False
         self._dataset, self._from_peer = dataset, from_peer
+
+    def size_of(self, part: int) -> int:
+        return 10
 
     def is_awaited(self, part: int) -> bool:
         return self.awaited
@@ -126,6 +130,27 @@ def test_prefetches_leave_a_place_for_a_reader_that_comes() -> None:
         await until(lambda: all(fill.has_arrived for fill in fills))
 
     scenario(run)
+
+
+def test_what_is_only_moved_keeps_the_pace_and_a_reader_does_not() -> None:
+    async def whole() -> None:
+        now = 100.0
+        pace = Pace(100, waited=lambda: None, clock=lambda: now)  # a part has 10 bytes
+        scheduler = Scheduler(FETCHES, pace)
+        one = Dataset(scheduler, open=True)
+        moved = [one.push(Urgency.REBALANCE, part, from_peer=True) for part in range(3)]
+        await until(lambda: moved[0].has_arrived)
+        read = one.push(DEMAND, 10)
+        await until(lambda: read.has_arrived)
+        assert one.begun == [0, 10]
+        for part in (1, 2):
+            now += 0.1
+            scheduler.dispatch()
+            await until(lambda part=part: moved[part].has_arrived)  # type: ignore[misc]
+            assert one.begun == [0, 10, *range(1, part + 1)]
+        await scheduler.close()
+
+    asyncio.run(asyncio.wait_for(whole(), 30))
 
 
 def test_an_origin_that_hangs_leaves_the_others_their_fetches() -> None:
