@@ -118,3 +118,18 @@ def test_retention_runs_tiny(tmp_path: Path) -> None:
     for each in epochs:  # exact: what is kept is kept
         assert each["hit_ratio"] == (0.0 if each["epoch"] == 1 else 0.5)
     assert "met: at least 0.500" in done.stdout
+
+
+def test_membership_runs_tiny(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.membership", "--tiny", "--workdir", str(tmp_path)]
+    command += ["--json", str(tmp_path / "membership.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "membership.json").read_text())
+    assert (result["wrong_reads"], result["errors"], result["origin_bytes"]) == (0, 0, 0), result["first_errors"]
+    moves = [phase for phase in result["phases"] if "moved_bytes" in phase]
+    assert len(moves) == 2 and len(result["phases"]) == 5
+    for phase in moves:  # the map says what moves, however fast the machine is
+        assert 1.0 <= phase["moved_ratio"] <= 1.05
+    assert all(phase["reads"] for phase in result["phases"])
+    assert "met: bytes moved / optimum 1.0" in done.stdout
