@@ -20,6 +20,7 @@ bench: .venv/.test  ## full-size benchmarks, half an hour; results go to benchma
 	$(BIN)/python -m benchmarks.placement
 	$(BIN)/python -m benchmarks.snapshot
 	$(BIN)/python -m benchmarks.retention --json benchmarks/results/retention.json
+	$(BIN)/python -m benchmarks.membership --json benchmarks/results/membership.json
 	$(BIN)/python -m benchmarks
 
 lint: .venv/.test

@@ -118,3 +118,17 @@ def test_retention_runs_tiny(tmp_path: Path) -> None:
     for each in epochs:  # exact: what is kept is kept
         assert each["hit_ratio"] == (0.0 if each["epoch"] == 1 else 0.5)
     assert "met: at least 0.500" in done.stdout
+
+
+@pytest.mark.long
+def test_membership_runs_tiny(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.membership", "--tiny", "--workdir", str(tmp_path)]
+    command += ["--json", str(tmp_path / "membership.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "membership.json").read_text())
+    assert (result["wrong"], result["errors"]) == (0, 0), result["first_error"]
+    assert [change["origin_bytes"] for change in result["changes"]] == [0, 0]
+    for change in result["changes"]:  # the map says what moves, however fast the machine is
+        assert change["moved_bytes"] and change["moved_over_given"] <= 1.05
+        assert change["calm"]["reads"] and change["moving"]["reads"]

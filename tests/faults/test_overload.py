@@ -91,7 +91,10 @@ def metric(cluster: DevCluster, name: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
 
-@pytest.mark.parametrize("kind", ["sealed", "through", "batches"])
+LONG = pytest.mark.long  # what is read through and in batches takes a minute
+
+
+@pytest.mark.parametrize("kind", ["sealed", pytest.param("through", marks=LONG), pytest.param("batches", marks=LONG)])
 @pytest.mark.usefixtures("descriptors")
 def test_a_thousand_slow_readers(tmp_path: Path, kind: str) -> None:
     """Each asks for megabytes and takes a trickle; from a file, from the origin of a full node, or in batches."""
