@@ -175,11 +175,12 @@ class Library:
                 return known.record
         raise DatasetNotFound(f"this node knows no dataset named {name!r}")
 
-    async def snapshot_path(self, digest: str, knowledge: Knowledge | None = None) -> Path:
+    async def snapshot_path(self, digest: str, knowledge: Knowledge | None = None, *, may_fetch: bool = True) -> Path:
         """The verified file of a snapshot; fetched from the controller or a peer where it is not here.
 
         Args:
             knowledge: who to ask, where it is newer than what was applied.
+            may_fetch: False where a node asks, for two that lack it would wait for each other.
 
         Raises:
             SnapshotNotFound: nobody has it.
@@ -189,6 +190,8 @@ class Library:
             return found
         path = self._snapshots_directory / f"{datasets.check_digest(digest)}.arrow"
         knowledge = knowledge or self.knowledge
+        if not may_fetch and (digest in self._fetching or not path.exists()):
+            raise SnapshotNotFound(f"snapshot {digest} is not on this node yet: ask another one")
         task = self._fetching.get(digest)
         if task is None:
             task = self._fetching[digest] = asyncio.create_task(asyncio.to_thread(self._find, digest, path, knowledge))

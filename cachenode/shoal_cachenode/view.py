@@ -66,8 +66,8 @@ class NodeView:
         raw = json.loads(answer.body)
         return DatasetRecord.from_dict(raw["dataset"]), raw["path"]
 
-    async def snapshot_path(self, digest: str) -> Path:
-        return await self._node.library.snapshot_path(digest)
+    async def snapshot_path(self, digest: str, *, may_fetch: bool) -> Path:
+        return await self._node.library.snapshot_path(digest, may_fetch=may_fetch)
 
     def stalled(self) -> str | None:
         disk = self._node.disk

@@ -38,7 +38,7 @@ class ClusterView(Protocol):
         """The dataset over `url` and the path in it; None, or a `DatasetNotFound` that says what to type."""
         ...
 
-    async def snapshot_path(self, digest: str) -> Path:
+    async def snapshot_path(self, digest: str, *, may_fetch: bool) -> Path:
         """The file of a snapshot. Raises SnapshotNotFound."""
         ...
 
@@ -138,7 +138,7 @@ def not_registered(url: str) -> str:
 
 
 async def _snapshot(view: ClusterView, request: Request, digest: str) -> Response:
-    path = await view.snapshot_path(datasets.check_digest(digest))
+    path = await view.snapshot_path(datasets.check_digest(digest), may_fetch="via" not in request.headers)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size_bytes = os.fstat(fd).st_size
