@@ -84,7 +84,9 @@ def test_a_read_outlives_trouble_that_passes(place: Place, trouble: Trouble) -> 
     assert len(ranges) == 3, "the two that failed and one more"
     if trouble in (Trouble.RESET, Trouble.SHORT, Trouble.STALL):
         starts = [int(each.removeprefix("bytes=").partition("-")[0]) for each in ranges]
-        assert 0 < starts[1] <= starts[2], "from the byte reached"
+        assert starts[1] <= starts[2], "from the byte reached"
+        # A reset takes back what was sent and not yet read, on a busy machine all of it.
+        assert trouble is Trouble.RESET or starts[1] > 0
     place.origin.go_on.set()
 
 
@@ -133,11 +135,12 @@ def test_many_readers_of_an_origin_that_is_down_cause_no_storm(place: Place) -> 
 
 def test_throttling_narrows_the_window_and_health_widens_it(place: Place) -> None:
     names = [place.fresh() for _ in range(8)]
-    place.origin.reset(lambda number: Trouble.SLOW_DOWN if number < 12 else Trouble.NONE)
+    throttles = PATIENCE["tries"] - 1  # all of them may hit one read
+    place.origin.reset(lambda number: Trouble.SLOW_DOWN if number < throttles else Trouble.NONE)
     throttled = place.metric("shoal_node_origin_throttles_total")
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(place.check, names))
-    assert place.metric("shoal_node_origin_throttles_total") == throttled + 12
+    assert place.metric("shoal_node_origin_throttles_total") == throttled + throttles
     assert place.metric("shoal_node_origin_window") < 16
     assert place.metric("shoal_node_origin_reads") == 0
 
