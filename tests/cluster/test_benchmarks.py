@@ -118,3 +118,17 @@ def test_retention_runs_tiny(tmp_path: Path) -> None:
     for each in epochs:  # exact: what is kept is kept
         assert each["hit_ratio"] == (0.0 if each["epoch"] == 1 else 0.5)
     assert "met: at least 0.500" in done.stdout
+
+
+def test_membership_runs_tiny(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.membership", "--tiny", "--workdir", str(tmp_path)]
+    command += ["--json", str(tmp_path / "membership.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "membership.json").read_text())
+    assert (result["errors"], result["wrong"]) == (0, 0), result["first_error"]
+    assert len(result["changes"]) == 2
+    for each in result["changes"]:  # bytes are exact; times mean nothing here
+        assert each["origin_bytes"] == 0
+        assert each["map_gives_bytes"] <= each["moved_bytes"] <= 1.05 * each["map_gives_bytes"]
+        assert each["calm"]["reads"] and each["what"] in done.stdout
