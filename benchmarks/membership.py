@@ -70,7 +70,7 @@ class Scale:
         return self.objects * self.object_bytes
 
 
-FULL = Scale(3072, 1 << 20, readers=4, reads_per_s=120, calm_s=15.0)
+FULL = Scale(1536, 2 << 20, readers=4, reads_per_s=120, calm_s=15.0)
 TINY = Scale(96, 96 << 10, readers=2, reads_per_s=50, calm_s=0.5)
 
 

@@ -127,8 +127,9 @@ def test_membership_runs_tiny(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "membership.json").read_text())
-    assert (result["wrong"], result["errors"]) == (0, 0), result["first_error"]
-    assert [change["origin_bytes"] for change in result["changes"]] == [0, 0]
-    for change in result["changes"]:  # the map says what moves, however fast the machine is
-        assert change["moved_bytes"] and change["moved_over_given"] <= 1.05
-        assert change["calm"]["reads"] and change["moving"]["reads"]
+    assert (result["errors"], result["wrong"]) == (0, 0), result["first_error"]
+    assert len(result["changes"]) == 2
+    for each in result["changes"]:  # bytes are exact; times mean nothing here
+        assert each["origin_bytes"] == 0
+        assert each["map_gives_bytes"] <= each["moved_bytes"] <= 1.05 * each["map_gives_bytes"]
+        assert each["calm"]["reads"] and each["what"] in done.stdout
