@@ -38,11 +38,12 @@ MakeCheck = Callable[[Mapping[str, str]], PartCheck | None]
 
 
 class Interrupted(NodeUnavailable):
-    """The connection failed after `received` bytes of the body, which are good."""
+    """The connection failed after `received` bytes of the body, which are good; `reached` bytes had come."""
 
-    def __init__(self, sentence: str, received: int = 0) -> None:  # a default, so that it can be unpickled
+    def __init__(self, sentence: str, received: int = 0, reached: int = 0) -> None:  # so that it can be unpickled
         super().__init__(sentence)
         self.received = received
+        self.reached = max(received, reached)
 
 
 class Watch(Protocol):
@@ -306,7 +307,8 @@ class Connection:
             raise  # the watch has spoken; both are OSErrors too
         except OSError as error:
             good = _good(received, check, half_is_useless)
-            raise Interrupted(f"the connection failed after {received} of {length} bytes: {error}", good) from error
+            sentence = f"the connection failed after {received} of {length} bytes: {error}"
+            raise Interrupted(sentence, good, received) from error
         if check is not None:
             check.update(view[checked:received])
 

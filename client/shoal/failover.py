@@ -4,7 +4,7 @@
     silent                   `shoal.watch` finds out why, and asks other candidates for what they have cached
     damaged                  the same node once more, which then drops its copy and fetches it anew
     everybody failed         a newer map may name others; then the origin, where that is allowed (`shoal.direct`); then
-                             all once more with more patience
+                             all once more with more patience, and at last why, where bodies were cut
 
 A node with an open circuit is asked last, and whoever is asked instead is told to avoid it (``Shoal-Avoid``): otherwise
 its relay or its fill would wait for the same node.
@@ -24,7 +24,7 @@ import pyarrow as pa
 from shoal import memory, shard_client, transport
 from shoal.cluster_map import Node
 from shoal.connection import Connection, DescriptorsLost, Interrupted
-from shoal.errors import DeadlineExceeded, NodeUnavailable, ShardCorrupt, ShoalError
+from shoal.errors import DeadlineExceeded, NodeUnavailable, OriginError, ShardCorrupt, ShoalError
 from shoal.local import TAKES_DESCRIPTORS
 from shoal.shard_client import ShardAt
 from shoal.shards import Piece
@@ -80,6 +80,7 @@ class PieceRead:
         "_asked",
         "_candidates_of",
         "_cluster",
+        "_cut",
         "_hedged",
         "_is_hasty",
         "_piece",
@@ -108,6 +109,7 @@ class PieceRead:
         self.until = until
         self._verify = verify
         self._is_hasty = True
+        self._cut: int | None = None  # the byte of the shard at which the last body ended too early
         self._watch: Watch | None = None
 
     def from_nodes(self) -> pa.Buffer | None:
@@ -143,11 +145,35 @@ class PieceRead:
                 return self._from_node_or_healed(node)
             except ShoalError as error:
                 failure = self._worst(failure, error)
+        self._ask_why_cut()
         raise failure or NodeUnavailable("the cluster map names nobody")
+
+    def _ask_why_cut(self) -> None:
+        """Raise the origin's failure, where it was that which cut bodies short.
+
+        Within a body a node cannot say so. Asked for the very byte that did not come, it can.
+        """
+        if self._cut is None:
+            return
+        for node in self._candidates():
+            try:
+                self._cluster.transport.get(
+                    self._cluster.address_of(node),
+                    self._shard.target,
+                    {"Range": f"bytes={self._cut}-{self._cut}", **shard_client.time_left(self.until)},
+                    is_hasty=True,
+                )
+                return
+            except OriginError:
+                raise
+            except ShoalError as error:
+                log.debug("node %s does not say why it cut a body: %s", node.id, error)
 
     def _worst(self, before: ShoalError | None, error: ShoalError) -> ShoalError:
         """What to tell at the end, after `error` too. Raises it where it is no use to ask anybody else."""
         if isinstance(error, Interrupted):
+            if error.reached:
+                self._cut = min(self._piece.start + self._target.done + error.reached, self._piece.end - 1)
             self._target.done += error.received
         elif isinstance(error, DeadlineExceeded) or not transport.is_worth_another_node(error):
             raise error

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shoal import cluster as cluster_module
 from shoal import shards
 from shoal.cluster_map import ClusterMap, NodeState
-from shoal.errors import NodeUnavailable, OriginChanged, OriginUnavailable, ShoalError, Unavailable
+from shoal.errors import OriginChanged, OriginUnavailable, ShoalError, Unavailable
 from shoal.filesystem import ShoalFileSystem
 from tests.support.controller import POLICY, Cluster
 from tests.support.minicluster import MiniCluster
@@ -267,8 +267,7 @@ class ClusterMachine(RuleBasedStateMachine):
             due = (Unavailable, OriginUnavailable, OriginChanged)
         elif path in self.replaced:
             due = (OriginChanged, OriginUnavailable)
-        # A body that the origin's failure cut short may end as one of the nodes that were sending it.
-        is_due = isinstance(error, (*due, NodeUnavailable))
+        is_due = isinstance(error, due)
         is_held = bool(holders & askable)
         can_be_read = bool(askable) and path not in self.replaced and not self.cluster.origin.is_down
         assert is_due and not is_held and not can_be_read, "\n".join(

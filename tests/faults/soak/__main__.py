@@ -10,7 +10,9 @@ import faulthandler
 import json
 import os
 import re
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -224,6 +226,7 @@ def main(
     minutes: float, seed: int, nodes: int, readers: int, threads: int, json_path: Path | None, keep: Path | None
 ) -> None:
     """Read from a cluster on which all faults there are come at random; end with 1 where one of them is felt."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was mounted is unmounted
     with contextlib.ExitStack() as stack:
         directory = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-soak-")))
         directory.mkdir(parents=True, exist_ok=True)
