@@ -39,6 +39,12 @@ _MAGIC = re.compile(r"[*?\[]")
 #: Paths whose look-up is remembered, so that opening one again costs a dictionary look-up.
 READERS_KEPT = 1 << 16
 
+#: What fsspec itself takes of any file system.
+_FSSPEC_OPTIONS = {
+    *("skip_instance_cache", "use_listings_cache", "listings_expiry_time", "max_paths"),
+    *("asynchronous", "loop", "batch_size"),
+}
+
 
 class Pinned:
     """A dataset as this file system sees it: one snapshot of it, for good.
@@ -70,7 +76,7 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         target_protocol, target_options, fo: set by fsspec for ``shoal::URL``.
 
     Raises:
-        shoal.errors.InvalidRequest: `timeout` or `origin` is none.
+        shoal.errors.InvalidRequest: `timeout` or `origin` is none, or there is no such option.
         shoal.errors.ClusterUnavailable: nothing answers. At the first use, not here.
     """
 
@@ -92,6 +98,9 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if unknown := sorted(kwargs.keys() - _FSSPEC_OPTIONS):
+            # fsspec would pass over them, and a misspelt `verify` is a check that somebody believes is off, or on.
+            raise InvalidRequest(f"shoal has no storage option {', '.join(map(repr, unknown))}: check the spelling")
         self._endpoint = endpoint
         self._socket = socket
         self._use_local = local

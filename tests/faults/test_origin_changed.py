@@ -89,6 +89,7 @@ def test_removed_object_is_named(cluster: DevCluster, s3: Weed) -> None:
     assert filesystem(cluster.endpoint).ls("removed", detail=False) == ["removed/y"]
 
 
+@pytest.mark.long
 def test_replaced_over_and_over_under_readers(cluster: DevCluster, s3: Weed) -> None:
     """Whatever is read whole is one version, and the one that the snapshot lists."""
     dataset = make("over", s3, cluster, {"x": version(0)})

@@ -106,6 +106,7 @@ def test_controller_cut_off_within_the_lease_moves_nothing(cluster: SpreadCluste
     assert sum(each.wrong for each in heard) == 0
 
 
+@pytest.mark.long
 def test_controller_cut_off_for_long(cluster: SpreadCluster) -> None:
     """Reads go on for as long as it takes; when it is back, so are all nodes, and nothing was fetched again."""
     fetched = [served_from_origin(cluster, node) for node in range(3)]
