@@ -26,7 +26,7 @@ from shoal import shard_client
 from shoal.cluster_map import ClusterMap, Node, NodeState
 from shoal.connection import Answer
 from shoal.datasets import DatasetRecord
-from shoal.errors import ClusterUnavailable, InvalidRequest, NotFound, ShardCorrupt, Unavailable
+from shoal.errors import ClusterUnavailable, InvalidRequest, NotFound, Overloaded, ShardCorrupt, Unavailable
 from shoal.local import LocalNode
 from shoal.placement import Placement
 from shoal.snapshot import Snapshot
@@ -115,7 +115,7 @@ class Cluster:
         try:
             self.document = self._fetch_document(is_patient=False)
             self._not_renewed_at = -math.inf
-        except Unavailable as error:
+        except (Unavailable, Overloaded) as error:
             # Said once: a reader that is helped without any node would say it for each piece.
             level = logging.WARNING if self._not_renewed_at == -math.inf else logging.DEBUG
             log.log(level, "the cluster map could not be renewed, going on with epoch %d: %s", self._map.epoch, error)
@@ -129,13 +129,21 @@ class Cluster:
         return self._map.epoch > epoch
 
     def _fetch_document(self, *, is_patient: bool = True) -> dict[str, Any]:
-        newest: dict[str, Any] = json.loads(self.ask("/v1/cluster", is_patient=is_patient).body)
+        body = self.ask("/v1/cluster", is_patient=is_patient).body
+        try:
+            newest: dict[str, Any] = json.loads(body)
+            ClusterMap.from_json(json.dumps(newest["map"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ClusterUnavailable(
+                f"what answers at {self._endpoint or 'the local socket'} is no Shoal process: correct SHOAL_ENDPOINT "
+                "(or storage_options 'endpoint')"
+            ) from error
         if newest["epoch"] < self._known_epoch:
             # Whoever answered is late itself. The nodes hear of a new map from the controller, so one of them has it.
             for address in self._node_addresses():
                 try:
                     document = json.loads(self.transport.get(address, "/v1/cluster", is_hasty=True).body)
-                except Unavailable:
+                except (Unavailable, Overloaded):
                     continue
                 newest = max(newest, document, key=lambda d: d["epoch"])
         with self._lock:
@@ -157,12 +165,12 @@ class Cluster:
             ShoalError: what the one that answers says.
         """
         addresses = self._anybody()
-        failure: Unavailable | None = None
+        failure: Unavailable | Overloaded | None = None
         for is_hasty in (True, False) if is_patient else (True,):
             for address in addresses:
                 try:
                     answer = self.transport.get(address, target, is_hasty=is_hasty)
-                except Unavailable as error:
+                except (Unavailable, Overloaded) as error:
                     failure = failure or error
                     continue
                 except NotFound as error:
@@ -252,7 +260,7 @@ class Cluster:
 
     def _receive_snapshot(self, digest: str, fd: int) -> str:
         """Write a snapshot into the empty file `fd`; return the address of whoever sent it."""
-        failure: Unavailable | None = None
+        failure: Unavailable | Overloaded | None = None
         target = f"/v1/snapshots/{digest}"
         local = self.local.address if self.local is not None else ""
         for is_hasty in (True, False):
@@ -267,7 +275,7 @@ class Cluster:
                     with mmap.mmap(fd, size_bytes) as pages, memoryview(pages) as view:
                         self.transport.read_into(address, target, 0, size_bytes, view, is_hasty=is_hasty)
                     return address
-                except Unavailable as error:
+                except (Unavailable, Overloaded) as error:
                     failure = error
         raise ClusterUnavailable(f"nobody gives snapshot {digest}: {failure}") from failure
 

@@ -141,8 +141,13 @@ class Prober:
         with self._lock:
             self._news.set()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="shoal-probe", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="shoal-probe", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no thread is to be had: reads go on, and the next failure tries again
+                    log.warning("nobody probes silent addresses now: %s", error)
+                    return
+                self._thread = thread
 
     def keep_on(self) -> None:
         """A circuit is open: see that somebody probes it. In a fork's child nobody does yet."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shoal import memory, shard_client
-from shoal.errors import ShoalError, Unavailable
+from shoal.errors import Overloaded, ShoalError, Unavailable
 from shoal.maps import MAP_FROM
 from shoal.parallel import run_parallel
 from shoal.shards import Piece
@@ -78,7 +78,7 @@ def read_many(cluster: Cluster, wanted: Sequence[Range], *, verify: bool, timeou
             )
         except ShoalError as error:
             log.info("a batch of %d ranges failed: %s", len(one.wanted), error)
-            if isinstance(error, Unavailable):
+            if isinstance(error, Unavailable | Overloaded):
                 failed.add(one.address)
                 return one.numbers
             ordinary.extend(one.numbers)

@@ -13,22 +13,32 @@ The rule: the bytes are right or there is an error. A piece that failed half-way
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator
 
 import pyarrow as pa
+import tenacity
 
 from shoal import memory, shards
 from shoal.cluster import Cluster
 from shoal.cluster_map import Node
 from shoal.direct import DirectOrigin
-from shoal.errors import ClusterUnavailable, DeadlineExceeded, NodeUnavailable, Unavailable
+from shoal.errors import (
+    ClusterUnavailable,
+    DeadlineExceeded,
+    NodeUnavailable,
+    Overloaded,
+    Unavailable,
+)
 from shoal.failover import PieceRead, Target
 from shoal.parallel import run_parallel
 from shoal.shard_client import ShardAt
 from shoal.shards import PART_SIZE, Piece
 from shoal.snapshot import Snapshot
+
+log = logging.getLogger(__name__)
 
 #: A piece at least twice as long is received over several connections, where there are processors for them.
 STREAM_BYTES = 4 * PART_SIZE
@@ -222,7 +232,7 @@ class ObjectReader:
         shard = self.shard(piece.index)
         read = PieceRead(self._cluster, shard, piece, target, self.candidates, until, self._verify)
         try:
-            return read.from_nodes()
+            return self._unless_overloaded(read, until)
         except DeadlineExceeded as error:
             raise self._too_late(error) from error
         except Unavailable as error:
@@ -243,6 +253,20 @@ class ObjectReader:
                 f"no cache node gave bytes of {path!r}, {failure}; 'shoal status' says which nodes are up, and a "
                 "dataset that is --direct can be read without any"
             ) from failure
+
+    def _unless_overloaded(self, read: PieceRead, until: float) -> pa.Buffer | None:
+        """As `PieceRead.from_nodes`; where all nodes say that they are overloaded, again and ever more seldom."""
+        attempts = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Overloaded),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+            stop=tenacity.stop_before_delay(until - time.monotonic()),
+            reraise=True,
+        )
+        try:
+            return read.from_nodes()  # mostly the end of it, and a retry loop costs more than a small read
+        except Overloaded as error:
+            log.info("all nodes are overloaded, asking again: %s", error)
+        return attempts(read.from_nodes)
 
     def _too_late(self, error: DeadlineExceeded) -> DeadlineExceeded:
         return DeadlineExceeded(

@@ -146,7 +146,7 @@ def test_all_nodes_dead_is_one_sentence(tmp_path: Path) -> None:
 
 def test_new_owner_fills_from_the_old_one(tmp_path: Path) -> None:
     plain = content("x", 20_000)
-    with MiniCluster(tmp_path, {"o": plain}, nodes=3, part_size=64, shard_size=512) as cluster:
+    with MiniCluster(tmp_path, {"o": plain}, nodes=3, part_size=64, shard_size=512, rebalance_rate=0) as cluster:
         cluster.publish(absent=(2,))
         assert cluster.filesystem().cat_file("set/o") == plain
         cluster.publish()
