@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint format proto clean
+.PHONY: demo test test-faults soak bench lint format proto clean
 
 demo: .venv/.demo  ## start a local cluster and a real S3 origin, run the main job, print what happened
 	$(BIN)/python -m benchmarks.demo
@@ -10,9 +10,17 @@ demo: .venv/.demo  ## start a local cluster and a real S3 origin, run the main j
 test: lint  ## everything CI runs
 	$(BIN)/python -m pytest
 
+test-faults: .venv/.test  ## every fault test, the long ones too
+	$(BIN)/python -m pytest tests/faults -m 'long or not long' --timeout 1200
+
+soak: .venv/.test  ## faults of every kind at random under load: make soak MINUTES=30 SEED=1
+	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),1)
+
 bench: .venv/.test  ## full-size benchmarks, half an hour; results go to benchmarks/results/
 	$(BIN)/python -m benchmarks.placement
 	$(BIN)/python -m benchmarks.snapshot
+	$(BIN)/python -m benchmarks.retention --json benchmarks/results/retention.json
+	$(BIN)/python -m benchmarks.membership --json benchmarks/results/membership.json
 	$(BIN)/python -m benchmarks
 
 lint: .venv/.test

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before anything imports grpc: its fork handlers wait for gRPC's own threads, and this process has both in-process gRPC
+# servers and tests that fork. No child uses gRPC, as no reader does.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 from collections.abc import Iterator
 
 import pytest

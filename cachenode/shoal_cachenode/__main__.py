@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -18,7 +20,7 @@ import click
 from shoal import sizes
 from shoal.errors import InvalidRequest, ShoalError, StoreUnusable
 from shoal.wire import batch, routes
-from shoal.wire.http_server import HttpServer
+from shoal.wire.http_server import MAX_CONNECTIONS, HttpServer
 from shoal_cachenode import data_routes, metrics
 from shoal_cachenode.membership import Membership
 from shoal_cachenode.node import CacheNode, Config
@@ -49,7 +51,30 @@ Every flag is also an environment variable: SHOAL_CACHENODE_DATA_DIR, SHOAL_CACH
 @click.option("--socket", "socket_path", type=Path, default=Path("/run/shoal/node.sock"), help="For local readers.")
 @click.option("--capacity", metavar="SIZE", help="Bytes of cache to offer.  [default: 80% of the file system]")
 @click.option("--topology", default="", metavar="KEY=VALUE,…", help="zone, rack and host, for spreading replicas.")
-@click.option("--fetches", default=16, type=click.IntRange(1, 256), help="Part fetches at a time (8 MiB each).")
+@click.option("--fetches", default=16, type=click.IntRange(1, 256), help="Part fetches of one dataset at a time.")
+@click.option("--origin-rate", metavar="SIZE", help="Bytes a second to ask of origins.  [default: no limit]")
+@click.option("--max-connections", default=MAX_CONNECTIONS, type=click.IntRange(1), help="Data connections at a time.")
+@click.option("--idle-after", default="1h", metavar="TIME", help="Unused for so long a dataset gives way.")
+@click.option(
+    "--unread-share",
+    default=0.5,
+    type=click.FloatRange(0, 1),
+    help="Of the capacity: so much prefetched data that nobody read yet may take idle datasets' room.",
+)
+@click.option("--scrub-rate", default="16MiB", metavar="SIZE", help="Bytes a second to read and verify; 0: none.")
+@click.option(
+    "--rebalance-rate",
+    default="200MiB",
+    metavar="SIZE",
+    help="Bytes a second to take over from peers after a map change; 0: none.",
+)
+@click.option(
+    "--stall-after",
+    default=5.0,
+    type=click.FloatRange(0.1),
+    metavar="SECONDS",
+    help="A drive silent so long hangs.",
+)
 @click.option("--congestion", default="cubic", metavar="NAME", help="TCP congestion control; '': the system's.")
 @click.option("--senders", default=SENDERS, type=click.IntRange(0, 256), help="Threads that send large bodies.")
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
@@ -63,6 +88,13 @@ def main(
     capacity: str | None,
     topology: str,
     fetches: int,
+    origin_rate: str | None,
+    max_connections: int,
+    idle_after: str,
+    unread_share: float,
+    scrub_rate: str,
+    rebalance_rate: str,
+    stall_after: float,
     congestion: str,
     senders: int,
     log_level: str,
@@ -75,10 +107,22 @@ def main(
         host, port = split_address(listen)
         labels = parse_topology(topology)
         labels.setdefault("host", socket.gethostname())
-        config = Config(data_dir.absolute(), _capacity(data_dir, capacity), labels, fetches)
+        config = Config(
+            data_dir.absolute(),
+            _capacity(data_dir, capacity),
+            labels,
+            fetches,
+            idle_after_s=parse_time(idle_after),
+            unread_share=unread_share,
+            scrub_rate=sizes.parse(scrub_rate),
+            rebalance_rate=sizes.parse(rebalance_rate),
+            stall_s=stall_after,
+            origin_bytes_per_s=sizes.parse(origin_rate) if origin_rate is not None else 0,
+        )
         name = advertise or (host if host not in ("0.0.0.0", "::") else socket.gethostname())
         _raise_open_files()
-        _run(_serve(config, controller, host, port, name, socket_path.absolute(), congestion, senders))
+        limits = _Limits(congestion, senders, max_connections)
+        _run(_serve(config, controller, host, port, name, socket_path.absolute(), limits))
     except ShoalError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(1) from None
@@ -99,8 +143,17 @@ def _run(coroutine: object) -> None:
         uvloop.run(coroutine)  # type: ignore[arg-type]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Limits:
+    """How the data plane's server is set up; see `HttpServer`."""
+
+    congestion: str
+    senders: int
+    max_connections: int
+
+
 async def _serve(
-    config: Config, controller: str, host: str, port: int, name: str, socket_path: Path, congestion: str, senders: int
+    config: Config, controller: str, host: str, port: int, name: str, socket_path: Path, limits: _Limits
 ) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -113,8 +166,9 @@ async def _serve(
         routes.make_handler(view, lambda: metrics.exposition(node, server), data_routes.make_handler(node)),
         epoch=view.epoch,
         max_body=batch.MAX_REQUEST_BYTES,
-        congestion=congestion,
-        senders=senders,
+        congestion=limits.congestion,
+        senders=limits.senders,
+        max_connections=limits.max_connections,
     )
     try:
         port = await _listen(server, host, port)
@@ -161,6 +215,14 @@ def parse_topology(text: str) -> dict[str, str]:
             raise InvalidRequest(f"{pair!r} is no topology label: write KEY=VALUE, such as zone=a")
         labels[key.strip()] = value.strip()
     return labels
+
+
+def parse_time(text: str) -> float:
+    """Seconds of ``30s``, ``30min``, ``1h`` or ``2d``; a bare number is seconds. Raises InvalidRequest."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)?", text.strip())
+    if found is None:
+        raise InvalidRequest(f"{text!r} is no time: write 30s, 30min, 1h or 2d")
+    return float(found[1]) * {None: 1, "s": 1, "min": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def _capacity(data_dir: Path, text: str | None) -> int:

@@ -18,16 +18,18 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from shoal.errors import InvalidRequest, ShardCorrupt, ShoalError
+from shoal.errors import InvalidRequest, Overloaded, ShardCorrupt, ShoalError
 from shoal.shards import Key
 from shoal.wire import batch
 from shoal.wire.batch import ShardRange
 from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
-from shoal_cachenode.data_plane import BINARY, DataPlane
-from shoal_cachenode.fill import DiskFailed
+from shoal_cachenode.data_plane import BINARY, Asker, DataPlane
+from shoal_cachenode.disk import DiskStalls
 from shoal_cachenode.library import ShardSpec
 from shoal_cachenode.node import CacheNode
+from shoal_cachenode.scheduler import DiskFailed
+from shoal_cachenode.sealed_file import Damage
 from shoal_cachenode.shard_file import ShardHeader
 from shoal_cachenode.store import AlreadySealed, StoreFull
 
@@ -36,6 +38,9 @@ log = logging.getLogger(__name__)
 #: Bytes and ranges read in one go: the memory of a batch.
 RUN_BYTES = 1 << 20
 RUN_RANGES = 512
+#: What all batches that are being answered may hold: their runs, and for each range what was looked up.
+BATCHES_BYTES = 256 << 20
+RANGE_BYTES = 1 << 10
 #: Fills that one batch has under way ahead of its reader.
 FILLS_BEGUN = 16
 
@@ -46,9 +51,12 @@ Pieces = AsyncIterator[Buffer | FileSlice]
 class _Read:
     """One range of a shard that is sealed."""
 
-    key: Key
-    start: int
-    length: int
+    spec: ShardSpec
+    range: ShardRange
+
+    @property
+    def key(self) -> Key:
+        return self.spec.key
 
 
 class Batches:
@@ -56,10 +64,17 @@ class Batches:
 
     def __init__(self, plane: DataPlane, node: CacheNode) -> None:
         self._plane = plane
+        self._node = node
         self._store = node.store
         self._served = node.counters.served_sealed_bytes
+        self.held_bytes = 0
 
     async def __call__(self, request: Request, digest: str) -> Response:
+        weight = RUN_BYTES + batch.MAX_RANGE_BYTES + RANGE_BYTES * (len(request.body) // batch.RANGE_ITEM_BYTES)
+        if self.held_bytes + weight > BATCHES_BYTES:
+            raise Overloaded(
+                f"batches hold all of {BATCHES_BYTES} bytes on this node: ask another node, or again in a moment"
+            )
         ranges = batch.decode(request.body)
         specs: dict[tuple[int, int], ShardSpec] = {}
         for each in ranges:
@@ -69,14 +84,25 @@ class Batches:
                 spec = specs[place] = await self._plane.find(digest, *place)
             if each.start + each.length > spec.size_bytes:
                 raise InvalidRequest(f"shard {place} has {spec.size_bytes} bytes: a range ends past them")
+            self._node.usage.read(spec.dataset.record.name, spec.key)
         length = sum(each.length for each in ranges) + batch.SUM_BYTES * len(ranges)
-        body = self._body(ranges, specs, forwarded="via" in request.headers)
+        body = self._held(weight, self._body(ranges, specs, Asker.of(request)))
         return Response(200, {"Content-Type": BINARY}, body, length=length)
 
+    async def _held(self, weight: int, body: Pieces) -> Pieces:
+        """`body`, accounted for from its first piece to its end."""
+        self.held_bytes += weight
+        try:
+            async with contextlib.aclosing(body):  # type: ignore[type-var] # an async generator
+                async for piece in body:
+                    yield piece
+        finally:
+            self.held_bytes -= weight
+
     async def _body(
-        self, ranges: Sequence[ShardRange], specs: dict[tuple[int, int], ShardSpec], *, forwarded: bool
+        self, ranges: Sequence[ShardRange], specs: dict[tuple[int, int], ShardSpec], asker: Asker
     ) -> Pieces:
-        fills = asyncio.create_task(self._begin_fills(list(specs.values())))
+        fills = asyncio.create_task(self._begin_fills(list(specs.values()), asker))
         sums: list[int] = []
         run: list[_Read] = []
         run_bytes = 0
@@ -85,32 +111,44 @@ class Batches:
                 spec = specs[each.row, each.index]
                 is_sealed = self._store.is_sealed(spec.key)
                 if is_sealed:
-                    run.append(_Read(spec.key, each.start, each.length))
+                    run.append(_Read(spec, each))
                     run_bytes += each.length
                 if run and (not is_sealed or run_bytes >= RUN_BYTES or len(run) == RUN_RANGES):
-                    data, known = await asyncio.to_thread(self._read, run)
-                    run, run_bytes = [], 0
-                    yield data
-                    sums += known
-                if not is_sealed:
-                    async for piece in self._unsealed(spec, each, forwarded=forwarded):
+                    async for piece in self._sealed(run, sums, asker):
                         yield piece
-                    sums.append(_sum_of(each.start, each.length, self._plane.known(spec.key)))
+                    run, run_bytes = [], 0
+                if not is_sealed:
+                    async for piece in self._unsealed(spec, each, asker):
+                        yield piece
+                    sums.append(_sum_of(each, self._plane.known(spec.key)))
             if run:
-                data, known = await asyncio.to_thread(self._read, run)
-                yield data
-                sums += known
+                async for piece in self._sealed(run, sums, asker):
+                    yield piece
             yield batch.encode_sums(sums)
         finally:
             fills.cancel()
             await asyncio.gather(fills, return_exceptions=True)  # what failed there failed here too, or was not needed
 
-    async def _unsealed(self, spec: ShardSpec, each: ShardRange, *, forwarded: bool) -> Pieces:
+    async def _sealed(self, run: Sequence[_Read], sums: list[int], asker: Asker) -> Pieces:
+        """The bytes of a run; one by one from elsewhere where the drive does not give all of them."""
+        try:
+            data, known = await self._node.disk.run(self._read, run)
+        except (OSError, DiskStalls, ShardCorrupt) as error:
+            log.warning("ranges of sealed shards are read from elsewhere: %s", error)
+            for each in run:
+                async for piece in self._unsealed(each.spec, each.range, asker):
+                    yield piece
+                sums.append(_sum_of(each.range, self._plane.known(each.key)))
+            return
+        yield data
+        sums += known
+
+    async def _unsealed(self, spec: ShardSpec, each: ShardRange, asker: Asker) -> Pieces:
         wanted = ByteRange(each.start, each.start + each.length, True)
         try:
-            body = await self._plane.unsealed(spec, wanted, forwarded=forwarded)
+            body = await self._plane.unsealed(spec, wanted, asker)
         except AlreadySealed:
-            data, _ = await asyncio.to_thread(self._read, [_Read(spec.key, each.start, each.length)])
+            data, _ = await self._node.disk.run(self._read, [_Read(spec, each)])
             yield data
             return
         async with contextlib.aclosing(body):  # type: ignore[type-var] # an async generator
@@ -127,24 +165,28 @@ class Batches:
                 raise ShardCorrupt(f"shard {key.hex()} was dropped while it was read")
             try:
                 for each in reads:
-                    data = os.pread(file.fd, each.length, each.start)
-                    if len(data) != each.length:
+                    data = os.pread(file.fd, each.range.length, each.range.start)
+                    if len(data) != each.range.length:
+                        self._store.lose(key, Damage.TORN)
                         raise ShardCorrupt(f"the file of shard {key.hex()} ends early")
                     found.append(data)
-                    sums.append(_sum_of(each.start, each.length, file.header))
+                    sums.append(_sum_of(each.range, file.header))
+            except OSError:
+                self._store.lose(key, Damage.UNREADABLE)
+                raise
             finally:
                 file.release()
         self._served.add(sum(map(len, found)))
         return b"".join(found), sums
 
-    async def _begin_fills(self, specs: Sequence[ShardSpec]) -> None:
+    async def _begin_fills(self, specs: Sequence[ShardSpec], asker: Asker) -> None:
         """Begin what this node is to fill for the batch, some at a time; a failure shows again where it is read."""
         waiting = iter(specs)
 
         async def begin() -> None:
             for spec in waiting:
                 try:
-                    fill = await self._plane.begin_fill(spec)
+                    fill = await self._plane.begin_fill(spec, asker)
                     if fill is not None:  # one after the other: each holds a reservation and a file until its seal
                         await asyncio.wait([fill.sealed])
                 except (ShoalError, StoreFull, DiskFailed, AlreadySealed) as error:
@@ -155,10 +197,10 @@ class Batches:
                 group.create_task(begin())
 
 
-def _sum_of(start: int, length: int, shard: ShardHeader | None) -> int:
+def _sum_of(wanted: ShardRange, shard: ShardHeader | None) -> int:
     """The checksum of a range that is one whole part, where that is known; else 0."""
-    if shard is None or start % shard.part_size:
+    if shard is None or wanted.start % shard.part_size:
         return 0
-    part = start // shard.part_size
+    part = wanted.start // shard.part_size
     first, last = shard.part_range(part)
-    return (shard.checksums[part] or 0) if length == last - first else 0
+    return (shard.checksums[part] or 0) if wanted.length == last - first else 0

@@ -2,7 +2,8 @@
 
     sealed here              its file, by sendfile or, on the local socket, its descriptor
     only-if-cached           504
-    another node's shard     relayed from its owner; nothing is stored
+    another node's shard     relayed from its owner; nothing is stored. Owners that are silent, to this node or
+                             to the asker, are passed over
     else                     one fill, many readers: parts are sent as they come, the wanted ones first
     no room, or a sick disk  passed through from where the fill would read
 
@@ -13,33 +14,46 @@ asks the next node for the rest.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
+import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from shoal import checksums, shard_client
 from shoal.cluster_map import Node as MapNode
 from shoal.connection import MAX_DESCRIPTORS
-from shoal.errors import NotCached, Overloaded, ShardCorrupt, ShoalError, SnapshotNotFound, Unavailable
+from shoal.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NotCached,
+    Overloaded,
+    ShardCorrupt,
+    ShoalError,
+    SnapshotNotFound,
+    Unavailable,
+)
 from shoal.maps import MAP_FROM
 from shoal.shards import Key
 from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
 from shoal.wire.places import format_places
-from shoal_cachenode.fill import DiskFailed, Fill, Urgency
-from shoal_cachenode.handover import Handover
+from shoal_cachenode.disk import DiskStalls
+from shoal_cachenode.fill import Fill
 from shoal_cachenode.library import Knowledge, ShardSpec, find_shard
 from shoal_cachenode.node import CacheNode
-from shoal_cachenode.sealed_file import SealedFile
+from shoal_cachenode.scheduler import DiskFailed, Urgency
+from shoal_cachenode.sealed_file import Damage, SealedFile, warm
 from shoal_cachenode.shard_file import ShardHeader
-from shoal_cachenode.source import Source
+from shoal_cachenode.source import NobodyHasIt, Source
 from shoal_cachenode.store import AlreadySealed, StoreFull
 
 log = logging.getLogger(__name__)
 
-#: Bytes that a pass-through reads ahead of what it sends: enough to keep the source busy, and a bound on memory.
-THROUGH_AHEAD_BYTES = 16 << 20
 #: Shards whose look-up is remembered; it costs as much as the rest of a small request.
 SHARDS_REMEMBERED = 1 << 16
 #: Descriptors go along for shards so near in the snapshot.
@@ -51,16 +65,25 @@ class DataPlane:
     """The handler of ``/v1/snapshots/{digest}/rows/{row}/shards/{index}``."""
 
     def __init__(self, node: CacheNode) -> None:
-        self._node = node
+        self.node = node
         self._found: dict[tuple[str, int, int], ShardSpec] = {}
         self._found_under: Knowledge | None = None
 
     async def __call__(self, request: Request, digest: str, row: int, index: int) -> Response:
-        return await self._read(request, await self.find(digest, row, index))
+        if "shoal-timeout" not in request.headers:
+            return await self._read(request, await self.find(digest, row, index))
+        seconds = parse_timeout(request.headers["shoal-timeout"])
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._read(request, await self.find(digest, row, index))
+        except TimeoutError as error:
+            if isinstance(error, ShoalError):
+                raise
+            raise DeadlineExceeded(f"row {row}, shard {index} had no first byte within {seconds:g} s") from error
 
     async def find(self, digest: str, row: int, index: int) -> ShardSpec:
         """A shard by its place. Raises NotFound, DatasetNotFound, SnapshotNotFound."""
-        library, place = self._node.library, (digest, row, index)
+        library, place = self.node.library, (digest, row, index)
         if library.knowledge is not self._found_under or len(self._found) >= SHARDS_REMEMBERED:
             self._found, self._found_under = {}, library.knowledge
         spec = self._found.get(place)
@@ -77,12 +100,23 @@ class DataPlane:
         if request.method == "HEAD":
             return Response(wanted.status, {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}, length=length)
         if "shoal-suspect" in request.headers:
-            await self._node.check(spec.key)
+            await self.node.check(spec.key)
+        only_cached = request.headers.get("cache-control") == "only-if-cached"
+        if not only_cached:  # which is no reader, but a node that takes over
+            self.node.usage.read(spec.dataset.record.name, spec.key)
         while True:
-            file = await self.sealed(spec)
+            try:
+                file = await self.sealed(spec)
+            except (OSError, DiskStalls) as error:
+                log.debug("shard %s is not read from the drive: %s", spec.key.hex(), error)
+                if only_cached:
+                    raise NotCached(f"shard {spec.key.hex()} cannot be read here now") from error
+                body = await _begun(self.through(spec, wanted.start, wanted.end))
+                headers = {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}
+                return Response(wanted.status, headers, body, length=length)
             if file is not None:
                 return self._from_file(request, spec, wanted, file)
-            if request.headers.get("cache-control") == "only-if-cached":
+            if only_cached:
                 raise NotCached(f"shard {spec.key.hex()} is not sealed here")
             try:
                 return await self._from_elsewhere(request, spec, wanted)
@@ -93,8 +127,8 @@ class DataPlane:
         """The answer for a shard that is not sealed here; with the checksums of its parts behind it, where it fills."""
         headers = {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}
         length = wanted.end - wanted.start
-        body = await self.unsealed(spec, wanted, forwarded="via" in request.headers)
-        fill = self._node.fills.running(spec.key) if "shoal-want-checksums" in request.headers else None
+        body = await self.unsealed(spec, wanted, Asker.of(request))
+        fill = self.node.fills.running(spec.key) if "shoal-want-checksums" in request.headers else None
         header = fill.partial.header if fill is not None else None
         parts = _whole_parts(wanted, header)
         if fill is not None and header is not None and parts:
@@ -105,10 +139,10 @@ class DataPlane:
 
     def known(self, key: Key) -> ShardHeader | None:
         """What is known of a shard that fills or is open: its parts and their checksums."""
-        fill = self._node.fills.running(key)
+        fill = self.node.fills.running(key)
         if fill is not None:
             return fill.partial.header
-        file = self._node.store.open_cached(key)
+        file = self.node.store.open_cached(key)
         if file is None:
             return None
         file.release()
@@ -118,86 +152,114 @@ class DataPlane:
         if request.is_local and "shoal-descriptor" in request.headers:
             return self._descriptors(request.headers["shoal-descriptor"], spec, file)
         length = wanted.end - wanted.start
-        self._node.counters.served_sealed_bytes.add(length)
+        self.node.counters.served_sealed_bytes.add(length)
         headers = {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}
         parts = _whole_parts(wanted, file.header) if "shoal-want-checksums" in request.headers else ()
         if parts:
             headers["Shoal-Part-Size"] = str(file.header.part_size)
             headers["Shoal-Checksums"] = checksums.encode(file.header.checksums[part] or 0 for part in parts)
-        return Response(wanted.status, headers, FileSlice(file.fd, wanted.start, length, file.release))
+        rescue = Rescue(self, spec, file)
+        return Response(wanted.status, headers, FileSlice(file.fd, wanted.start, length, file.release, rescue))
 
     def _descriptors(self, wanted: str, spec: ShardSpec, file: SealedFile) -> Response:
         """The descriptor of a shard, and of large shards after it that are open here: one request opens many."""
         places = [(spec.row, spec.index, spec.size_bytes)]
         also: list[FileSlice] = []
-        holdings = self._node.inventory.known().get(spec.snapshot.digest)
+        holdings = self.node.inventory.known().get(spec.snapshot.digest)
         count = min(int(wanted), MAX_DESCRIPTORS) if wanted.isdecimal() and len(wanted) < 5 else 1
         if count > 1 and holdings is not None and spec.size_bytes >= MAP_FROM:
             near, table = slice(spec.ordinal + 1, spec.ordinal + 1 + ALONG_WITHIN), holdings.table
             chosen = np.flatnonzero(holdings.held[near] & (table.sizes[near] >= MAP_FROM))[: count - 1]
             for ordinal in (near.start + chosen).tolist():
-                other = self._node.store.open_cached(table.keys[ordinal].astype("<u8").tobytes())
+                other = self.node.store.open_cached(table.keys[ordinal].astype("<u8").tobytes())
                 if other is not None:
                     size_bytes = int(table.sizes[ordinal])
                     places.append((int(table.rows[ordinal]), int(table.indexes[ordinal]), size_bytes))
                     also.append(FileSlice(other.fd, 0, size_bytes, other.release))
-        self._node.counters.descriptors.add(len(places))
+        self.node.counters.descriptors.add(len(places))
         headers = {"Content-Type": BINARY, "Shoal-Descriptors": format_places(places)}
         body = FileSlice(file.fd, 0, spec.size_bytes, file.release)
         return Response(200, headers, body, pass_descriptor=True, also=also)
 
     async def sealed(self, spec: ShardSpec) -> SealedFile | None:
-        """The sealed file of a shard, counted for the caller; None where it is not here."""
-        store = self._node.store
+        """The sealed file of a shard, counted for the caller; None where it is not here.
+
+        Raises:
+            DiskStalls: the drive does, and nothing is to wait for it.
+            OSError: the file is here and cannot be opened now.
+        """
+        node, store = self.node, self.node.store
+        if not store.is_sealed(spec.key):
+            return None
+        if node.disk.is_stalling:
+            raise DiskStalls(node.disk.fault)
         file = store.open_cached(spec.key)
-        if file is None and store.is_sealed(spec.key):
-            file = await asyncio.to_thread(store.open_sealed, spec.key)
+        if file is None:
+            file = await node.disk.run(store.open_sealed, spec.key, discard=release)
+        if file is not None and file.header.size_bytes != spec.size_bytes:
+            file.release()
+            await node.lose(spec.key, Damage.TORN)
+            return None
         return file
 
-    async def begin_fill(self, spec: ShardSpec) -> Fill | None:
-        """The fill of a shard that is not here and is this node's to fill, else None. Raises as `CacheNode.fill`."""
-        order = self._node.order(spec)
-        rank = self._node.rank(order)
-        if rank is None or rank >= spec.dataset.record.replicas or self._node.store.is_sealed(spec.key):
-            return None
-        return await self._node.fill(spec, order, Urgency.DEMAND)
+    async def through(self, spec: ShardSpec, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
+        """The bytes from where a fill would read, past this node's drive."""
+        source = await asyncio.to_thread(partial(self.node.source, spec, self.node.order(spec), waits=True))
+        body = self._through(source, start, end)
+        try:
+            async for piece in body:
+                yield piece
+        finally:
+            await body.aclose()  # type: ignore[attr-defined] # an async generator
 
-    async def unsealed(
-        self, spec: ShardSpec, wanted: ByteRange, *, forwarded: bool
-    ) -> AsyncIterator[Buffer | FileSlice]:
+    async def begin_fill(self, spec: ShardSpec, asker: Asker) -> Fill | None:
+        """The fill of a shard that is not here and is this node's to fill, else None. Raises as `CacheNode.fill`."""
+        order = self.node.order(spec)
+        rank = self.node.rank(order)
+        if rank is None or rank >= spec.dataset.record.replicas or self.node.store.is_sealed(spec.key):
+            return None
+        return await self.node.fill(spec, order, Urgency.DEMAND, avoid=asker.avoid)
+
+    async def unsealed(self, spec: ShardSpec, wanted: ByteRange, asker: Asker) -> AsyncIterator[Buffer | FileSlice]:
         """A body whose first piece is at hand, so that a failure so far is still a status."""
-        order = self._node.order(spec)
-        if not forwarded:
-            body = await self._relayed(spec, wanted, order)
+        order = self.node.order(spec)
+        if not asker.is_node:
+            body = await self._relayed(spec, wanted, order, asker)
             if body is not None:
                 return body
         try:
-            fill = await self._node.fill(spec, order, Urgency.DEMAND, wanted.start)
+            fill = await self.node.fill(spec, order, Urgency.DEMAND, wanted.start, asker.avoid)
         except (StoreFull, DiskFailed) as error:
-            self._note(error)
-            source = await asyncio.to_thread(self._node.source, spec, order)
-            return await _begun(self._through(source, wanted.start, wanted.end))
-        return await _begun(self._from_fill(spec, order, fill, wanted.start, wanted.end))
+            log.info("shard %s passes through: %s", spec.key.hex(), error)
+            return await _begun(self.through(spec, wanted.start, wanted.end))
+        try:
+            return await _begun(self._from_fill(spec, fill, wanted.start, wanted.end))
+        except NobodyHasIt:  # the shard was being moved here, and whoever had it is gone
+            fill = await self.node.fill(spec, order, Urgency.DEMAND, wanted.start, asker.avoid)
+            return await _begun(self._from_fill(spec, fill, wanted.start, wanted.end))
 
     async def _relayed(
-        self, spec: ShardSpec, wanted: ByteRange, order: tuple[MapNode, ...]
+        self, spec: ShardSpec, wanted: ByteRange, order: tuple[MapNode, ...], asker: Asker
     ) -> AsyncIterator[Buffer | FileSlice] | None:
-        """The body from the first owner that answers; None where this node is to fill."""
+        """The body from the first owner that answers; None where this node is to fill.
+
+        Owners that do not answer the asker, or this node, are passed over.
+        """
         replicas = spec.dataset.record.replicas
-        rank = self._node.rank(order)
+        rank = self.node.rank(order)
         if rank is not None and rank < replicas:
             return None
         for node in order if rank is None else order[:rank]:
-            source = self._node.peer(node, spec, cached_only=False)
+            if self.node.is_avoided(node, asker.avoid):
+                continue
+            source = self.node.peer(node, spec, cached_only=False, avoid=asker.avoid, until=asker.until)
             try:
                 return await _begun(self._through(source, wanted.start, wanted.end))
             except (Unavailable, Overloaded, SnapshotNotFound, ShardCorrupt) as error:
                 log.info("node %s did not answer for its shard: %s", node.id, error)
         return None
 
-    async def _from_fill(
-        self, spec: ShardSpec, order: tuple[MapNode, ...], fill: Fill, start: int, end: int
-    ) -> AsyncIterator[Buffer | FileSlice]:
+    async def _from_fill(self, spec: ShardSpec, fill: Fill, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
         header = fill.partial.header
         fill.want(range(start // header.part_size, -(-end // header.part_size)))
         file: SealedFile | None = None
@@ -208,20 +270,19 @@ class DataPlane:
                 try:
                     reached = first + await fill.available(part, start - first)
                 except DiskFailed as error:
-                    self._note(error)
-                    source = await asyncio.to_thread(self._node.source, spec, order)
-                    async for buffer in self._through(source, start, end):
+                    log.info("the rest of shard %s passes through: %s", spec.key.hex(), error)
+                    async for buffer in self.through(spec, start, end):
                         yield buffer
                     return
                 except ShoalError:
-                    self._node.counters.fills_failed.add(1)
+                    self.node.counters.fills_failed.add(1)
                     raise
                 if file is None:
                     file = fill.partial.retain()
                     if file is None:
                         raise AlreadySealed  # or it failed just now: either way the look from the start says which
                 stop = min(end, last, reached)
-                self._node.counters.served_filling_bytes.add(stop - start)
+                self.node.counters.served_filling_bytes.add(stop - start)
                 yield FileSlice(file.fd, start, stop - start)
                 start = stop
         finally:
@@ -230,26 +291,51 @@ class DataPlane:
 
     async def _through(self, source: Source, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
         """Read from `source` and send, storing nothing; a bounded number of bytes ahead of the reader."""
-        pieces = Handover(THROUGH_AHEAD_BYTES)
-        step = self._node.config.part_size
-        reading = asyncio.get_running_loop().run_in_executor(
-            self._node.through_threads, pieces.fill, source, start, end, step
-        )
-        try:
+        async with contextlib.aclosing(self.node.passing.stream(source, start, end)) as pieces:
             async for piece in pieces:
-                self._node.counters.served_through_bytes.add(len(piece))
+                self.node.counters.served_through_bytes.add(len(piece))
                 yield piece
-            await reading
-        finally:
-            pieces.close()
-            await asyncio.wait([reading])
-            if not reading.cancelled():
-                reading.exception()  # told to the reader, or of no use to one who left
 
-    def _note(self, error: StoreFull | DiskFailed) -> None:
-        if isinstance(error, DiskFailed):
-            log.error("the data directory failed, reads pass through: %s", error)
-            self._node.disk_fault = str(error)
+
+class Rescue:
+    """The bytes of a sealed shard from elsewhere, where the drive does not give them (`shoal.wire.http_messages`)."""
+
+    __slots__ = ("_file", "_plane", "_spec")
+
+    def __init__(self, plane: DataPlane, spec: ShardSpec, file: SealedFile) -> None:
+        self._plane = plane
+        self._spec = spec
+        self._file = file
+
+    async def warm(self, offset: int, length: int) -> bool:
+        """Read the bytes in a thread, so that the loop finds them in the page cache; False: they are not to be had."""
+        node = self._plane.node
+        try:
+            damage = await node.disk.run(_warm, self._file, offset, length)
+        except DiskStalls:
+            return False
+        if damage is not None:
+            await node.lose(self._spec.key, damage)
+        return damage is None
+
+    def rest(self, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
+        return self._plane.through(self._spec, start, end)
+
+
+def _warm(file: SealedFile, offset: int, length: int) -> Damage | None:
+    """In a thread, which may hang and outlive the request."""
+    if not file.retain():
+        return None
+    try:
+        return warm(file.fd, offset, length)
+    finally:
+        file.release()
+
+
+def release(file: SealedFile | None) -> None:
+    """Let go of what `Store.open_sealed` gave."""
+    if file is not None:
+        file.release()
 
 
 def _whole_parts(wanted: ByteRange, shard: ShardHeader | None) -> range:
@@ -270,6 +356,39 @@ async def _with_checksums(
         yield checksums.pack(fill.partial.header.checksums[part] or 0 for part in parts)
     finally:
         await body.aclose()  # type: ignore[attr-defined] # an async generator
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks, as far as it matters to where the bytes come from.
+
+    Attributes:
+        is_node: another node, which relays already: this one must answer by itself.
+        avoid: nodes that do not answer the asker.
+        until: `time.monotonic` at which it does not wait any more.
+    """
+
+    is_node: bool
+    avoid: frozenset[str]
+    until: float
+
+    @classmethod
+    def of(cls, request: Request) -> Asker:
+        """Raises InvalidRequest where its time limit is none."""
+        text = request.headers.get("shoal-timeout")
+        until = math.inf if text is None else time.monotonic() + parse_timeout(text)
+        return cls("via" in request.headers, shard_client.avoided(request.headers), until)
+
+
+def parse_timeout(text: str) -> float:
+    """The seconds of a ``Shoal-Timeout`` header. Raises InvalidRequest."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(f"Shoal-Timeout: {text[:40]!r} is no number of seconds above 0")
+    return seconds
 
 
 async def _begun(body: AsyncIterator[Buffer | FileSlice]) -> AsyncIterator[Buffer | FileSlice]:

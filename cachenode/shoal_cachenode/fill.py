@@ -1,8 +1,6 @@
 """Fills: bringing the parts of one shard in, once, for everybody who waits.
 
-A part that a reader waits for comes first, the rest of its shard after all such parts of all shards, prefetches last.
-One scheduler a node runs a fixed number of part fetches at a time, which bounds both memory (fetches x part size) and
-the load on the origin.
+What is fetched next, of all fills of a node, is the scheduler's to say (`shoal_cachenode.scheduler`).
 
 The rule: a waiter never fetches. It asks its fill for a part and waits; whoever gives up waiting harms nobody else.
 """
@@ -11,19 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
-import heapq
-import itertools
 import logging
-import os
-import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
-from shoal.errors import OriginUnavailable, Overloaded, ShoalError, Unavailable
+from shoal.errors import OriginUnavailable, Overloaded, Unavailable
 from shoal.shards import Key
+from shoal_cachenode.origin_budget import OriginBudget
+from shoal_cachenode.pace import Pace
 from shoal_cachenode.partial_file import PartialFile
+from shoal_cachenode.scheduler import DiskFailed, Scheduler, Urgency
 from shoal_cachenode.source import Source
 from shoal_cachenode.store import Store
 
@@ -31,31 +26,25 @@ log = logging.getLogger(__name__)
 
 #: Bytes that come in before readers of a part on its way are woken again.
 WAKE_STRIDE = 1 << 20
-#: Threads that verify and sync finished shards, and finished shards that may wait for them.
-SEALERS = 2
-SEALS_WAITING = 64
-
-
-class Urgency(enum.IntEnum):
-    """Which part is fetched next: the smallest first."""
-
-    DEMAND = 0  #: a reader waits for this part
-    REST = 1  #: a reader wanted another part of this shard
-    PREFETCH = 2  #: nobody waits yet
-
-
-class DiskFailed(Exception):
-    """The data directory did not take the bytes: the read passes through instead."""
+#: The longest that a reader waits for news of its part: shorter than its own patience, so that it is told why.
+NEWS_TIMEOUT_S = 45.0
 
 
 class Fill:
     """One shard on its way in. Lives on the event loop; only `fetch` and `seal` run in threads."""
 
     def __init__(
-        self, partial: PartialFile, source: Source, scheduler: Scheduler, urgency: Urgency, first: int
+        self,
+        partial: PartialFile,
+        source: Source,
+        budget: OriginBudget,
+        scheduler: Scheduler,
+        urgency: Urgency,
+        first: int,
     ) -> None:
-        """Begin with part `first`."""
+        """Begin with part `first`; `budget` is that of the origin which `source` may ask."""
         self.partial = partial
+        self.budget = budget
         self._loop = asyncio.get_running_loop()
         self.sealed: asyncio.Future[None] = self._loop.create_future()
         self.sealed.add_done_callback(lambda f: f.cancelled() or f.exception())  # waiting for it is optional
@@ -67,12 +56,12 @@ class Fill:
         self._idle = asyncio.Event()
         self._idle.set()
         self._missing = {part for part, known in enumerate(partial.header.checksums) if known is None}
-        self._urgency_of_rest = Urgency.PREFETCH if urgency is Urgency.PREFETCH else Urgency.REST
+        self._urgency_of_rest = max(urgency, Urgency.REST)
         self._has_begun = False
         self._queued: set[int] = set()
         self._wanted: deque[int] = deque()  # by readers, in their order
         self._rest = deque(sorted(self._missing))
-        if urgency is Urgency.PREFETCH:
+        if urgency >= Urgency.PREFETCH:
             self._begin()
         elif first in self._missing:
             self._push(urgency, first)
@@ -95,6 +84,15 @@ class Fill:
         """Bytes of the parts that are in."""
         missing = sum(end - start for start, end in map(self.partial.header.part_range, self._missing))
         return self.partial.header.size_bytes - missing
+
+    @property
+    def needs_origin(self) -> bool:
+        """Whether nobody but the origin is left to ask."""
+        return self._source.needs_origin
+
+    def is_awaited(self, part: int) -> bool:
+        """Whether a reader waits for `part` now."""
+        return part in self._waiters
 
     def want(self, parts: range) -> None:
         """Bring these parts forward: a reader will wait for them, for the first one now."""
@@ -148,7 +146,15 @@ class Fill:
             if part not in self._waiters:
                 self._waiter(part)
                 continue  # look again: the thread that writes may have missed that somebody waits
-            await asyncio.shield(self._waiter(part))
+            try:
+                async with asyncio.timeout(NEWS_TIMEOUT_S):
+                    await asyncio.shield(self._waiter(part))
+            except TimeoutError as error:
+                raise OriginUnavailable(
+                    f"no byte of a part of shard {self.key.hex()} came for {NEWS_TIMEOUT_S:.0f} s "
+                    f"({self.budget.in_flight} reads of its origin are under way, {self.budget.width} may be): the "
+                    "origin is slow or throttles, try later"
+                ) from error
 
     async def settled(self, part: int) -> None:
         """Wait until all of `part` is in and its checksum known, or the drive failed.
@@ -167,6 +173,11 @@ class Fill:
         if waiter is None:
             waiter = self._waiters[part] = self._loop.create_future()
         return waiter
+
+    def size_of(self, part: int) -> int:
+        """Bytes of a part."""
+        start, end = self.partial.header.part_range(part)
+        return end - start
 
     def take(self, part: int) -> bool:
         """Whether the scheduler should fetch `part` now: a part may be queued twice, and is fetched once."""
@@ -255,96 +266,16 @@ class Fill:
         await self._idle.wait()
 
 
-class Scheduler:
-    """Runs part fetches of all fills, the most urgent first.
-
-    Args:
-        fetches: how many at a time.
-    """
-
-    def __init__(self, fetches: int) -> None:
-        self._queue: list[tuple[int, int, Fill, int]] = []
-        self._sequence = itertools.count()
-        self._wake = asyncio.Semaphore(0)
-        self._threads = ThreadPoolExecutor(fetches, thread_name_prefix="fill")
-        # Nobody waits for a seal but the end of a prefetch: it yields to readers and to the fetches they wait for.
-        self._sealers = ThreadPoolExecutor(SEALERS, thread_name_prefix="seal", initializer=_yield_to_others)
-        self._sealing: set[asyncio.Task[None]] = set()
-        # Fetches wait when seals do not keep up: what is filled but not sealed is not safe on the drive.
-        self._room_to_seal = asyncio.Semaphore(SEALS_WAITING)
-        self._tasks = [asyncio.create_task(self._run()) for _ in range(fetches)]
-        self.in_flight = 0
-
-    def push(self, urgency: Urgency, fill: Fill, part: int) -> None:
-        heapq.heappush(self._queue, (urgency, next(self._sequence), fill, part))
-        self._wake.release()
-
-    async def close(self) -> None:
-        tasks = [*self._tasks, *self._sealing]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for threads in (self._threads, self._sealers):
-            threads.shutdown(wait=False, cancel_futures=True)
-
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._wake.acquire()
-            _, _, fill, part = heapq.heappop(self._queue)
-            if not fill.take(part):
-                continue
-            self.in_flight += 1
-            try:
-                is_last = await loop.run_in_executor(self._threads, fill.fetch, part)
-                fill.arrived(part)
-                if is_last:
-                    await self._room_to_seal.acquire()
-                    task = asyncio.create_task(self._seal(fill))
-                    self._sealing.add(task)
-                    task.add_done_callback(self._sealing.discard)
-            except asyncio.CancelledError:
-                raise
-            except Exception as error:  # noqa: BLE001 - one shard's surprise must not end the fetcher for all
-                fill.failed(_told(fill, error))
-            finally:
-                fill.landed(part)
-                self.in_flight -= 1
-
-    async def _seal(self, fill: Fill) -> None:
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._sealers, fill.seal)
-            fill.finished()
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:  # noqa: BLE001 - as in `_run`
-            fill.failed(_told(fill, error))
-        finally:
-            self._room_to_seal.release()
-
-
-def _told(fill: Fill, error: Exception) -> Exception:
-    """`error` as those who wait for the fill are told of it."""
-    if isinstance(error, ShoalError | DiskFailed):
-        return error
-    log.error("fill of %s failed", fill.key.hex(), exc_info=error)
-    return ShoalError(f"internal error while filling: {error!r}")
-
-
-def _yield_to_others() -> None:
-    """Give this thread the processor's spare time (a thread has a priority of its own on Linux; sched(7))."""
-    thread = threading.get_native_id()
-    with contextlib.suppress(OSError):  # refused, and a pool whose threads fail to begin would never seal again
-        # Upwards only: a process that was started nicer than this may not come back.
-        os.setpriority(os.PRIO_PROCESS, thread, max(10, os.getpriority(os.PRIO_PROCESS, thread)))
-
-
 class Fills:
     """All fills of a node, at most one a shard: the single flight."""
 
-    def __init__(self, store: Store, fetches: int, *, on_sealed: Callable[[Key], None]) -> None:
+    def __init__(
+        self, store: Store, fetches: int, *, on_sealed: Callable[[Key], None], pace: Pace | None = None
+    ) -> None:
+        """`pace`: of shards that are only moved here."""
         self._store = store
-        self._scheduler = Scheduler(fetches)
+        self._scheduler = Scheduler(fetches, pace)
+        self._loop = asyncio.get_running_loop()
         self._fills: dict[Key, asyncio.Task[Fill]] = {}
         self._running: dict[Key, Fill] = {}
         self._on_sealed = on_sealed
@@ -367,7 +298,20 @@ class Fills:
     def fetches_in_flight(self) -> int:
         return self._scheduler.in_flight
 
-    async def join(self, key: Key, size_bytes: int, source: Source, urgency: Urgency, first: int) -> Fill:
+    @property
+    def fetches_waiting(self) -> int:
+        return self._scheduler.waiting
+
+    def on_room(self) -> None:
+        """An origin's budget has room again. From any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._scheduler.dispatch)
+        except RuntimeError:
+            pass  # the loop has ended, and with it the fills
+
+    async def join(
+        self, key: Key, size_bytes: int, source: Source, budget: OriginBudget, urgency: Urgency, first: int
+    ) -> Fill:
         """The fill of `key`: the one that runs, or a new one that begins with part `first`.
 
         Raises:
@@ -378,10 +322,12 @@ class Fills:
             await asyncio.shield(self._watchers[key])  # a failure is the answer to those who waited, not to newcomers
         task = self._fills.get(key)
         if task is None:
-            task = self._fills[key] = asyncio.create_task(self._begin(key, size_bytes, source, urgency, first))
+            task = self._fills[key] = asyncio.create_task(self._begin(key, size_bytes, source, budget, urgency, first))
         return await asyncio.shield(task)
 
-    async def _begin(self, key: Key, size_bytes: int, source: Source, urgency: Urgency, first: int) -> Fill:
+    async def _begin(
+        self, key: Key, size_bytes: int, source: Source, budget: OriginBudget, urgency: Urgency, first: int
+    ) -> Fill:
         try:
             if self._store.has_partial(key):
                 partial = await asyncio.to_thread(self._store.begin, key, size_bytes)
@@ -392,7 +338,7 @@ class Fills:
             if isinstance(error, OSError):
                 raise DiskFailed(str(error)) from error
             raise
-        fill = self._running[key] = Fill(partial, source, self._scheduler, urgency, first)
+        fill = self._running[key] = Fill(partial, source, budget, self._scheduler, urgency, first)
         self._watchers[key] = asyncio.create_task(self._watch(fill))
         return fill
 

@@ -31,7 +31,7 @@ class Holdings:
 
     def ordinal(self, key: Key) -> int | None:
         """The ordinal of the shard with `key`; None where it is not in the snapshot."""
-        ordinals, found = self._look_up([key])
+        ordinals, found = self.look_up([key])
         return int(ordinals[0]) if found[0] else None
 
     def mark(self, key: Key, *, held: bool) -> None:
@@ -42,14 +42,14 @@ class Holdings:
 
     def mark_all(self, keys: Iterable[Key]) -> None:
         """Note many shards that are held."""
-        ordinals, found = self._look_up(list(keys))
+        ordinals, found = self.look_up(list(keys))
         self.held[ordinals[found]] = True
 
     def contains(self, keys: list[Key]) -> npt.NDArray[np.bool_]:
         """Which of `keys` are in the snapshot. Shape (len(keys),)."""
-        return self._look_up(keys)[1]
+        return self.look_up(keys)[1]
 
-    def _look_up(self, keys: list[Key]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+    def look_up(self, keys: list[Key]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
         """Ordinals of `keys`, and which of those are real: equal first words of two shards are 2**-64 a pair."""
         words = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
         if not len(self._sorted):

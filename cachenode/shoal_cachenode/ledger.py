@@ -16,12 +16,14 @@ class Ledger:
         self.capacity_bytes = capacity_bytes
         self.sealed: dict[Key, int] = {}
         self.reserved: dict[Key, int] = {}
+        self.condemned: dict[Key, int] = {}  #: sealed once, damaged, and still on the drive
         self._sealed_bytes = 0
         self._reserved_bytes = 0
+        self._condemned_bytes = 0
 
     @property
     def used_bytes(self) -> int:
-        return self._sealed_bytes + self._reserved_bytes
+        return self._sealed_bytes + self._reserved_bytes + self._condemned_bytes
 
     @property
     def reserved_bytes(self) -> int:
@@ -34,7 +36,7 @@ class Ledger:
 
     def reserve(self, key: Key, size_bytes: int) -> bool:
         """Count `size_bytes` for a shard that begins to fill; False where there is no room. Repeats are refused."""
-        assert key not in self.reserved and key not in self.sealed, "a shard is reserved once"
+        assert self._holds(key) is None, "a shard is reserved once"
         if size_bytes > self.free_bytes:
             return False
         self.reserved[key] = size_bytes
@@ -57,12 +59,29 @@ class Ledger:
         self._reserved_bytes -= size_bytes
         self.adopt_sealed(key, size_bytes)
 
+    def condemn(self, key: Key) -> bool:
+        """A sealed shard is damaged: it takes its bytes until its file is gone; False where it is not sealed."""
+        size_bytes = self.sealed.pop(key, None)
+        if size_bytes is None:
+            return False
+        self._sealed_bytes -= size_bytes
+        self.condemned[key] = size_bytes
+        self._condemned_bytes += size_bytes
+        return True
+
     def release(self, key: Key) -> int:
-        """Give back the bytes of a shard in either state, and return them; 0 where it has none."""
+        """Give back the bytes of a shard in any state, and return them; 0 where it has none."""
         if key in self.reserved:
             size_bytes = self.reserved.pop(key)
             self._reserved_bytes -= size_bytes
             return size_bytes
+        if key in self.condemned:
+            size_bytes = self.condemned.pop(key)
+            self._condemned_bytes -= size_bytes
+            return size_bytes
         size_bytes = self.sealed.pop(key, 0)
         self._sealed_bytes -= size_bytes
         return size_bytes
+
+    def _holds(self, key: Key) -> int | None:
+        return next((held[key] for held in (self.sealed, self.reserved, self.condemned) if key in held), None)

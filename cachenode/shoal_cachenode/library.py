@@ -3,35 +3,51 @@
 All of it comes from the controller's orders and is kept in the data directory, so that a node that starts while the
 controller is down serves what it served before. `orders.json` holds credentials and is readable by the owner alone.
 
-The rule: a snapshot is fetched by its digest and verified against it, so it does not matter who sent it.
+A drive that takes no more files does not keep anything from being read: orders then live in memory until `keep`
+succeeds, and a snapshot that cannot be written in a memory file.
+
+The rule: a snapshot is verified against its digest before it is used, in each process anew, so it matters neither who
+sent it nor what became of it on the drive.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shoal import datasets, origin, shards
 from shoal.cluster_map import ClusterMap, NodeState
 from shoal.datasets import DatasetRecord
-from shoal.errors import DatasetNotFound, NotFound, ShardCorrupt, ShoalError, SnapshotNotFound, StoreUnusable
+from shoal.errors import (
+    DatasetNotFound,
+    NotFound,
+    OriginUnavailable,
+    ShardCorrupt,
+    ShoalError,
+    SnapshotNotFound,
+    StoreUnusable,
+)
 from shoal.origin import Origin
 from shoal.placement import Placement
 from shoal.shard_client import ShardAt
 from shoal.snapshot import Snapshot
 from shoal.transport import Transport
-from shoal_cachenode.store import write_atomically
+from shoal_cachenode.data_directory import write_atomically
 
 log = logging.getLogger(__name__)
 
 MAX_PLACEMENTS = 32
+_FETCHING = ".fetching"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +117,18 @@ class Knowledge:
 class Library:
     """Snapshots, origins and placements, opened once and shared."""
 
-    def __init__(self, directory: Path, transport: Transport) -> None:
+    def __init__(
+        self, directory: Path, transport: Transport, on_trouble: Callable[[str, OriginUnavailable], None]
+    ) -> None:
+        """Read what was kept in `directory`; `on_trouble` is told of a dataset's origin that fails for now."""
+        self._on_trouble = on_trouble
         self._orders = directory / "orders.json"
         self._snapshots_directory = directory / "snapshots"
         self._snapshots_directory.mkdir(exist_ok=True)
         self._transport = transport
         self._snapshots: dict[str, Snapshot] = {}
+        self._paths: dict[str, Path] = {}  # of verified snapshots
+        self._in_memory: dict[str, int] = {}  # descriptors of snapshots that the drive did not take
         self._fetching: dict[str, asyncio.Task[Path]] = {}
         self._origins: dict[str, tuple[Mapping[str, Any], Origin]] = {}
         self._origins_lock = threading.Lock()  # guards _origins
@@ -124,16 +146,26 @@ class Library:
             ) from error
 
     def apply(self, knowledge: Knowledge) -> None:
-        """Take new orders, and keep them. Blocks on the disk."""
-        if knowledge == self.knowledge:
-            return
+        """Take new orders. `keep` writes them down."""
         self.knowledge = knowledge
-        write_atomically(self._orders, knowledge.to_json().encode())
         served = knowledge.snapshots()
         for digest in set(self._snapshots) - served:
             self._snapshots.pop(digest, None)
-        for path in self._snapshots_directory.glob("*.arrow"):
-            if path.stem not in served:
+        for digest in set(self._paths) - served:
+            self._paths.pop(digest, None)
+            descriptor = self._in_memory.pop(digest, None)
+            if descriptor is not None:
+                os.close(descriptor)
+        for key in [key for key in self._placements if key[0] not in served]:
+            del self._placements[key]  # it keeps the snapshot's file mapped
+
+    def keep(self) -> None:
+        """Write the orders down; remove snapshots that they do not name, and left-overs. Blocks. Raises OSError."""
+        write_atomically(self._orders, self.knowledge.to_json().encode())
+        served = self.knowledge.snapshots()
+        for path in self._snapshots_directory.iterdir():
+            is_left_over = path.suffix == _FETCHING and path.stem not in self._fetching
+            if path.stem not in served or is_left_over:
                 path.unlink(missing_ok=True)
 
     def record(self, name: str) -> DatasetRecord:
@@ -143,25 +175,29 @@ class Library:
                 return known.record
         raise DatasetNotFound(f"this node knows no dataset named {name!r}")
 
-    async def snapshot_path(self, digest: str, knowledge: Knowledge | None = None) -> Path:
+    async def snapshot_path(self, digest: str, knowledge: Knowledge | None = None, *, may_fetch: bool = True) -> Path:
         """The verified file of a snapshot; fetched from the controller or a peer where it is not here.
 
         Args:
             knowledge: who to ask, where it is newer than what was applied.
+            may_fetch: False where a node asks, for two that lack it would wait for each other.
 
         Raises:
             SnapshotNotFound: nobody has it.
         """
+        found = self._paths.get(digest)
+        if found is not None:
+            return found
         path = self._snapshots_directory / f"{datasets.check_digest(digest)}.arrow"
-        if path.exists():
-            return path
         knowledge = knowledge or self.knowledge
-        knowledge.dataset_of(digest)
+        if not may_fetch and (digest in self._fetching or not path.exists()):
+            raise SnapshotNotFound(f"snapshot {digest} is not on this node yet: ask another one")
         task = self._fetching.get(digest)
         if task is None:
-            task = self._fetching[digest] = asyncio.create_task(asyncio.to_thread(self._fetch, digest, path, knowledge))
+            task = self._fetching[digest] = asyncio.create_task(asyncio.to_thread(self._find, digest, path, knowledge))
             task.add_done_callback(lambda _: self._fetching.pop(digest))
-        return await asyncio.shield(task)
+        found = self._paths[digest] = await asyncio.shield(task)
+        return found
 
     async def snapshot(self, digest: str) -> Snapshot:
         """The snapshot, mapped. Raises SnapshotNotFound."""
@@ -172,23 +208,45 @@ class Library:
         opened = await asyncio.to_thread(Snapshot.open, path)
         return self._snapshots.setdefault(digest, opened)
 
+    def _find(self, digest: str, path: Path, knowledge: Knowledge) -> Path:
+        try:
+            if path.exists():
+                _verify(path, digest)
+                return path
+        except (ShoalError, OSError) as error:
+            log.error("%s is damaged and is fetched anew: %s", path, error)
+        knowledge.dataset_of(digest)
+        return self._fetch(digest, path, knowledge)
+
     def _fetch(self, digest: str, path: Path, knowledge: Knowledge) -> Path:
         peers = [n.address for n in knowledge.cluster_map.nodes if n.state is not NodeState.DOWN]
         for address in filter(None, [knowledge.controller_http, *peers]):
             try:
                 answer = self._transport.get(address, f"/v1/snapshots/{digest}", {"Via": "1.1 shoal"})
-                aside = path.with_suffix(".fetching")
-                aside.write_bytes(answer.body)
-                opened = Snapshot.open(aside)
-                opened.verify()
-                if opened.digest != digest:
-                    raise ShardCorrupt(f"it is snapshot {opened.digest}")
-                return aside.rename(path)
+                return self._put(digest, path, answer.body)
             except ShardCorrupt as error:
                 log.warning("%s sent a damaged snapshot: %s", address, error)
             except ShoalError as error:
                 log.info("%s did not send snapshot %s: %s", address, digest, error)
         raise SnapshotNotFound(f"nobody sent snapshot {digest}: the controller and all nodes were asked")
+
+    def _put(self, digest: str, path: Path, body: bytes | bytearray | memoryview) -> Path:
+        aside = path.with_suffix(_FETCHING)
+        try:
+            aside.write_bytes(body)
+            _verify(aside, digest)
+            return aside.rename(path)
+        except OSError as error:
+            log.error("snapshot %s is kept in memory, the drive does not take it: %s", digest, error)
+        finally:
+            with contextlib.suppress(OSError):  # of a drive that takes nothing there is nothing to remove
+                aside.unlink(missing_ok=True)
+        descriptor = os.memfd_create(f"snapshot {digest}", os.MFD_CLOEXEC)
+        in_memory = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+        in_memory.write_bytes(body)
+        _verify(in_memory, digest)
+        self._in_memory[digest] = descriptor
+        return in_memory
 
     def placement(self, opened: Snapshot, replicas: int) -> Placement:
         """Who owns the shards of a snapshot under the map of now."""
@@ -218,10 +276,20 @@ class Library:
             cached = self._origins.get(name)
             if cached is not None and cached[0] == known.storage_options and cached[1].url == known.record.origin:
                 return cached[1]
-        opened = origin.open_origin(known.record.origin, known.storage_options)
+        opened = origin.open_origin(
+            known.record.origin, known.storage_options, on_trouble=partial(self._on_trouble, name)
+        )
         with self._origins_lock:
             self._origins[name] = known.storage_options, opened
         return opened
+
+
+def _verify(path: Path, digest: str) -> None:
+    """Raises ShardCorrupt where the file is not the snapshot of that digest, other ShoalErrors where it is none."""
+    opened = Snapshot.open(path)
+    opened.verify()
+    if opened.digest != digest:
+        raise ShardCorrupt(f"it is snapshot {opened.digest}")
 
 
 @dataclass(frozen=True, slots=True)

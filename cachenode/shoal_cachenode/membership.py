@@ -113,6 +113,8 @@ class Membership:
             condition=node.condition,
             leaving=leaving,
             version=VERSION,
+            handover_bytes=node.rebalance.handover_bytes,
+            short_bytes=node.rebalance.short_bytes,
         )
         for known in knowledge.datasets:
             digest = known.record.snapshot
@@ -156,6 +158,9 @@ def knowledge_of(orders: pb.Orders, controller_grpc: str) -> Knowledge:
                     objects=d.objects,
                     total_bytes=d.bytes,
                     adhoc=d.adhoc,
+                    pinned=d.pinned,
+                    quota_bytes=d.quota_bytes,
+                    direct=d.direct,
                 ),
                 json.loads(d.storage_options or "{}"),
             )

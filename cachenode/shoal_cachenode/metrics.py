@@ -44,20 +44,69 @@ class NodeCollector(Collector):
         yield CounterMetricFamily(
             "shoal_node_fills_failed", "Reads that a failed fill ended.", counters.fills_failed.value
         )
+        corrupt = CounterMetricFamily(
+            "shoal_node_shards_corrupt", "Sealed shards dropped because they were damaged, by how.", labels=["cause"]
+        )
+        dropped = CounterMetricFamily(
+            "shoal_node_dropped_bytes", "Bytes of shards dropped to make room, by what let them go.", labels=["because"]
+        )
+        for family, counts in ((corrupt, counters.shards_corrupt), (dropped, counters.dropped_bytes)):
+            for cause, counter in counts.by_cause.items():
+                family.add_metric([cause], counter.value)
+            yield family
         yield CounterMetricFamily(
-            "shoal_node_shards_corrupt",
-            "Sealed shards that did not read back as sealed, and were dropped.",
-            counters.shards_corrupt.value,
+            "shoal_node_scrubbed_bytes", "Bytes of sealed shards that the scrubber read.", counters.scrubbed_bytes.value
+        )
+        yield CounterMetricFamily(
+            "shoal_node_rebalanced_bytes",
+            "Bytes of shards moved here because this node owns them.",
+            counters.rebalanced_bytes.value,
+        )
+        yield CounterMetricFamily(
+            "shoal_node_disk_failures", "Times that the drive began to fail or to stall.", node.disk.failures
+        )
+        retries = CounterMetricFamily(
+            "shoal_node_origin_retries", "Attempts to read an origin that failed for now.", labels=["dataset"]
+        )
+        throttles = CounterMetricFamily(
+            "shoal_node_origin_throttles", "Those in which the origin asked for less.", labels=["dataset"]
+        )
+        reads = GaugeMetricFamily("shoal_node_origin_reads", "Reads of an origin under way.", labels=["dataset"])
+        window = GaugeMetricFamily("shoal_node_origin_window", "Reads of it that may be at a time.", labels=["dataset"])
+        for known in node.library.knowledge.datasets:
+            budget = node.budget_of(known.record.name)
+            retries.add_metric([known.record.name], budget.retries)
+            throttles.add_metric([known.record.name], budget.throttles)
+            reads.add_metric([known.record.name], budget.in_flight)
+            window.add_metric([known.record.name], budget.width)
+        yield from (retries, throttles, reads, window)
+        yield CounterMetricFamily(
+            "shoal_node_overloaded", "Connections and requests told to come back later.", self._server.overloaded
         )
         gauges = {
             "shoal_node_capacity_bytes": ("Bytes of cache this node offers.", node.store.capacity_bytes),
             "shoal_node_used_bytes": ("Bytes of sealed and filling shards.", node.store.used_bytes),
             "shoal_node_reserved_bytes": ("Bytes reserved by filling shards.", node.store.reserved_bytes),
+            "shoal_node_unread_bytes": (
+                "Bytes of prefetched shards nobody has read.",
+                node.usage.unread_bytes,
+            ),
+            "shoal_node_disk_operations": ("Operations on the drive under way.", node.store.operations.count),
             "shoal_node_fills": ("Shards that are filling.", node.fills.count),
             "shoal_node_fetches": ("Part fetches in flight.", node.fills.fetches_in_flight),
+            "shoal_node_fetches_waiting": ("Parts that wait to be fetched.", node.fills.fetches_waiting),
             "shoal_node_connections": ("Open data connections.", self._server.open_connections),
+            "shoal_node_silent_peers": (
+                "Other processes that do not answer this node.",
+                len(node.transport.health.circuits),
+            ),
+            "shoal_node_rebalance_short_bytes": (
+                "Bytes of shards this node owns, peers hold, and there is no room for.",
+                node.rebalance.short_bytes,
+            ),
+            "shoal_node_rebalancing": ("1 while shards are looked for or moved.", int(node.rebalance.is_busy)),
             "shoal_node_epoch": ("Epoch of the cluster map in use.", node.library.knowledge.cluster_map.epoch),
-            "shoal_node_healthy": ("1 while the data directory works.", 0 if node.disk_fault else 1),
+            "shoal_node_healthy": ("1 while the drive works.", 0 if node.disk.fault else 1),
         }
         for name, (help_sentence, value) in gauges.items():
             yield GaugeMetricFamily(name, help_sentence, value)

@@ -7,32 +7,46 @@ nobody changes where the bytes come from, never whether they come.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shoal import shard_client
 from shoal.cluster_map import Node as MapNode
 from shoal.cluster_map import NodeState
 from shoal.errors import ClusterUnavailable, ShoalError
 from shoal.shards import PART_SIZE, Key
 from shoal.transport import Transport
-from shoal_cachenode.fill import Fill, Fills, Urgency
+from shoal_cachenode.disk import Disk, DiskStalls
+from shoal_cachenode.fill import Fill, Fills
 from shoal_cachenode.holdings import Holdings
 from shoal_cachenode.inventory import Inventory
-from shoal_cachenode.library import Knowledge, Library, ShardSpec
-from shoal_cachenode.source import Counter, FirstThatHasIt, OriginSource, PeerSource, Source
-from shoal_cachenode.store import Store, StoreFull
+from shoal_cachenode.library import Knowledge, Library, ShardSpec, find_shard
+from shoal_cachenode.origin_budget import OriginBudget, Rate
+from shoal_cachenode.pace import Pace
+from shoal_cachenode.passing import Passing
+from shoal_cachenode.rebalance import Rebalance
+from shoal_cachenode.retention import Step
+from shoal_cachenode.room import Room
+from shoal_cachenode.scheduler import DiskFailed, Urgency
+from shoal_cachenode.scrub import Scrubber
+from shoal_cachenode.sealed_file import Damage
+from shoal_cachenode.source import Counter, FirstThatHasIt, Nobody, OriginSource, PeerSource, Source
+from shoal_cachenode.store import AlreadySealed, Store, StoreFull
+from shoal_cachenode.usage import SAVE_INTERVAL_S, Usage
+from shoal_cachenode.whereabouts import Whereabouts
 
 log = logging.getLogger(__name__)
 
-#: Nodes that are asked for a shard they do not own before the origin is: after a map change they are its last owners.
+#: Nodes that are asked for a shard they do not own, while it is not known who holds it: the next in order.
 FORMER_OWNERS_ASKED = 2
+#: The longest silence of a peer that answers probes: it may be waiting for a slow origin.
 PEER_TIMEOUT_S = 20.0
-#: Reads that pass through at a time. Each has a thread as long as its reader takes, so they are not the default ones,
-#: which short work waits for: opening a file, sending from a cold one.
-THROUGH_THREADS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +55,14 @@ class Config:
 
     Attributes:
         advertise: ``host:port`` of the data plane, as others reach it.
-        fetches: part fetches at a time; with the part size this bounds the memory of fills.
+        fetches: part fetches of one dataset at a time, and the most that its origin is asked for at a time.
+        origin_bytes_per_s: what all origins together may be asked for; 0: no limit.
+        idle_after_s: a dataset that was not used for so long is idle, and gives way to others.
+        unread_share: of the capacity: so much that was prefetched and not read yet may have taken idle datasets' room.
+        scrub_rate: bytes a second that the scrubber reads; 0: none.
+        rebalance_rate: bytes a second that are moved here from peers because this node owns them now; 0: none.
+        stall_s: an operation on the drive that takes longer hangs.
+        retry_s: from one trial of a failed drive to the next.
     """
 
     data_dir: Path
@@ -49,6 +70,28 @@ class Config:
     topology: Mapping[str, str] = field(default_factory=dict)
     fetches: int = 16
     part_size: int = PART_SIZE
+    origin_bytes_per_s: int = 0
+    idle_after_s: float = 3600.0
+    unread_share: float = 0.5
+    scrub_rate: int = 16 << 20
+    rebalance_rate: int = 200 << 20
+    stall_s: float = 5.0
+    retry_s: float = 5.0
+
+
+class CountByCause:
+    """Counts by a cause that is one of an enumeration."""
+
+    def __init__(self, causes: Iterable[str]) -> None:
+        self.by_cause: Mapping[str, Counter] = {str(cause): Counter() for cause in causes}
+
+    def add(self, cause: str, amount: int = 1) -> None:
+        self.by_cause[str(cause)].add(amount)
+
+    @property
+    def value(self) -> int:
+        """Of all causes together."""
+        return sum(counter.value for counter in self.by_cause.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +105,10 @@ class Counters:
     served_through_bytes: Counter = field(default_factory=Counter)
     descriptors: Counter = field(default_factory=Counter)
     fills_failed: Counter = field(default_factory=Counter)
-    shards_corrupt: Counter = field(default_factory=Counter)
+    shards_corrupt: CountByCause = field(default_factory=lambda: CountByCause(Damage))
+    dropped_bytes: CountByCause = field(default_factory=lambda: CountByCause(step.name.lower() for step in Step))
+    scrubbed_bytes: Counter = field(default_factory=Counter)
+    rebalanced_bytes: Counter = field(default_factory=Counter)
 
 
 class CacheNode:
@@ -73,23 +119,41 @@ class CacheNode:
         self.counters = Counters()
         self.store = Store(config.data_dir, config.capacity_bytes, part_size=config.part_size)
         self.transport = Transport(read_timeout_s=PEER_TIMEOUT_S)
-        self.library = Library(config.data_dir, self.transport)
-        self.inventory = Inventory(self.store)
-        self.fills = Fills(self.store, config.fetches, on_sealed=self._on_sealed)
+        self.library = Library(config.data_dir, self.transport, lambda name, error: self.budget_of(name).trouble(error))
+        self._origin_rate = Rate(config.origin_bytes_per_s)
+        self._budgets: dict[str, OriginBudget] = {}  # by dataset
+        self.usage = Usage(config.data_dir)
+        self.usage.adopt(self.store.sealed_sizes() | self.store.reserved_sizes())
+        self.inventory = Inventory(self.store, on_dropped=self.usage.forget)
+        self.store.on_lost = self._on_lost
+        pace = Pace(config.rebalance_rate) if config.rebalance_rate > 0 else None
+        self.fills = Fills(self.store, config.fetches, on_sealed=self._on_sealed, pace=pace)
         self.id = self.store.node_id
         self.address = ""
-        self.disk_fault = ""
-        self._room = asyncio.Lock()  # one search for room at a time: two would drop twice what is needed
+        self.disk = Disk(
+            config.data_dir,
+            self.store.operations,
+            capacity_bytes=config.capacity_bytes,
+            stall_s=config.stall_s,
+            retry_s=config.retry_s,
+            on_stall=self._on_stall,
+            on_recovery=self._on_recovery,
+        )
+        self.room = Room(self)
         self._checks: dict[Key, asyncio.Task[None]] = {}
         self._on_knowledge: list[Callable[[], None]] = []
-        self.through_threads = ThreadPoolExecutor(THROUGH_THREADS, thread_name_prefix="through")
+        self.passing = Passing(config.part_size)
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="io"))
+        self._scrubber = Scrubber(self)
+        self.whereabouts = Whereabouts(self)
+        self.rebalance = Rebalance(self, is_on=pace is not None)
+        self._keeping = asyncio.create_task(self._keep_usage())
 
     @property
     def condition(self) -> str:
         """``ok``, or why reads pass through."""
-        if self.disk_fault:
-            return f"passing reads through: {self.disk_fault}"
+        if self.disk.fault:
+            return f"passing reads through: {self.disk.fault}"
         return "ok" if self.store.free_bytes > 0 else "full"
 
     def describe(self) -> MapNode:
@@ -111,17 +175,34 @@ class CacheNode:
                 await self.library.snapshot_path(digest, knowledge)
             except ShoalError as error:
                 log.warning("snapshot %s is not to be had yet: %s", digest, error)
-        await asyncio.to_thread(self.library.apply, knowledge)
+        self.library.apply(knowledge)
+        try:
+            await self.disk.run(self.library.keep)
+        except DiskStalls:
+            pass  # they are kept when the drive is back
+        except OSError as error:
+            self.disk.failed(error)
+        self.usage.keep({known.record.name for known in knowledge.datasets})
         served = knowledge.snapshots()
         self.inventory.forget(served)
         if knowledge.cluster_id == before.cluster_id and before.snapshots() - served:
             # Only a controller that once told of a dataset may take it away: one that lost its disk knows of none.
-            for digest in served:
-                await self.holdings_of(digest)
-            freed = await asyncio.to_thread(self.inventory.drop_unserved, served)
-            log.info("dropped %d bytes of datasets and snapshots that are gone", freed)
+            await self._drop_unserved(served)
+        self.rebalance.wake()
         for callback in self._on_knowledge:
             callback()
+
+    async def _drop_unserved(self, served: set[str]) -> None:
+        for digest in served:
+            if await self.holdings_of(digest) is None:
+                return  # without its listing nobody can say which files a dataset still needs
+        try:
+            freed = await self.disk.run(self.inventory.drop_unserved)
+            log.info("dropped %d bytes of datasets and snapshots that are gone", freed)
+        except DiskStalls:
+            pass  # they go when room is needed
+        except OSError as error:
+            self.disk.failed(error)
 
     async def holdings_of(self, digest: str) -> Holdings | None:
         """What is held of a snapshot; None where nobody has the snapshot now."""
@@ -144,32 +225,86 @@ class CacheNode:
         """This node's place in an order; None where it is not in it."""
         return next((rank for rank, node in enumerate(order) if node.id == self.id), None)
 
-    def source(self, spec: ShardSpec, order: tuple[MapNode, ...]) -> Source:
+    def source(
+        self,
+        spec: ShardSpec,
+        order: tuple[MapNode, ...],
+        avoid: frozenset[str] = shard_client.NOBODY,
+        *,
+        waits: bool = False,
+        is_move: bool = False,
+    ) -> Source:
         """Where a fill of `spec` here reads: owners before this one, then whoever may still hold it, then the origin.
+
+        Args:
+            avoid: nodes that did not answer whoever asks.
+            waits: for room in the origin's budget, in the thread that reads; else `OriginBusy` is raised.
+            is_move: from peers that have it, and from nobody else.
 
         May block while the origin is opened.
         """
         replicas = min(spec.dataset.record.replicas, len(order))
         rank = self.rank(order)
-        peers: list[Source] = []
-        if rank is not None:
-            peers += [self.peer(node, spec, cached_only=False) for node in order[: min(rank, replicas)]]
-        former = [node for node in order[len(peers) :] if node.id != self.id][: replicas - 1 + FORMER_OWNERS_ASKED]
-        former += [n for n in self.library.knowledge.cluster_map.nodes if n.state is NodeState.DRAINING]
-        peers += [self.peer(node, spec, cached_only=True) for node in former if node.id != self.id]
-        return FirstThatHasIt(peers, self.origin_source(spec))
+        before = order[: min(rank, replicas)] if rank is not None and not is_move else ()
+        peers: list[Source] = [
+            self.peer(node, spec, cached_only=False, avoid=avoid) for node in before if not self.is_avoided(node, avoid)
+        ]
+        others = [
+            node
+            for node in self._may_hold(spec, order, replicas)
+            if node.id != self.id and node not in before and not self.is_avoided(node, avoid)
+        ]
+        peers += [self.peer(node, spec, cached_only=True) for node in others]
+        return FirstThatHasIt(peers, Nobody() if is_move else self.origin_source(spec, waits=waits))
 
-    def peer(self, node: MapNode, spec: ShardSpec, *, cached_only: bool) -> PeerSource:
-        return PeerSource(self.transport, node.address, spec.at, self.id, cached_only, self.counters.peer_bytes)
+    def _may_hold(self, spec: ShardSpec, order: tuple[MapNode, ...], replicas: int) -> list[MapNode]:
+        """Nodes that may hold a shard, those that own it first."""
+        owners, rest = order[:replicas], order[replicas:]
+        draining = [n for n in self.library.knowledge.cluster_map.nodes if n.state is NodeState.DRAINING]
+        digest = spec.snapshot.digest
+        if not self.whereabouts.is_current(digest):
+            return [*owners, *rest[:FORMER_OWNERS_ASKED], *draining]
+        holders = self.whereabouts.holders(digest, spec.ordinal)
+        return [*owners, *(node for node in (*rest, *draining) if node.id in holders)]
 
-    def origin_source(self, spec: ShardSpec) -> Source:
+    def is_avoided(self, node: MapNode, avoid: frozenset[str]) -> bool:
+        """Whether a node is not to be waited for: it did not answer whoever asks, or does not answer this one."""
+        return node.id in avoid or self.transport.health.is_open(node.address)
+
+    def peer(
+        self,
+        node: MapNode,
+        spec: ShardSpec,
+        *,
+        cached_only: bool,
+        avoid: frozenset[str] = shard_client.NOBODY,
+        until: float = math.inf,
+    ) -> PeerSource:
+        counter = self.counters.peer_bytes
+        return PeerSource(self.transport, node.address, spec.at, self.id, cached_only, counter, avoid, until)
+
+    def budget_of(self, dataset: str) -> OriginBudget:
+        """What may be asked of a dataset's origin at a time."""
+        budget = self._budgets.get(dataset)
+        if budget is None:
+            made = OriginBudget(self.config.fetches, self._origin_rate, self.fills.on_room)
+            budget = self._budgets.setdefault(dataset, made)  # threads may come together: one of theirs is everybody's
+        return budget
+
+    def origin_source(self, spec: ShardSpec, *, waits: bool) -> Source:
+        budget = self.budget_of(spec.dataset.record.name)
         opened = self.library.origin(spec.dataset)
-        row = spec.row
-        return OriginSource(
-            opened, spec.snapshot.path(row), spec.snapshot.version(row), spec.offset, self.counters.origin_bytes
-        )
+        path, version = spec.snapshot.path(spec.row), spec.snapshot.version(spec.row)
+        return OriginSource(opened, path, version, spec.offset, self.counters.origin_bytes, budget, waits)
 
-    async def fill(self, spec: ShardSpec, order: tuple[MapNode, ...], urgency: Urgency, start: int = 0) -> Fill:
+    async def fill(
+        self,
+        spec: ShardSpec,
+        order: tuple[MapNode, ...],
+        urgency: Urgency,
+        start: int = 0,
+        avoid: frozenset[str] = shard_client.NOBODY,
+    ) -> Fill:
         """The one fill of a shard, with room made for it; a new one begins with the part that byte `start` is in.
 
         Raises:
@@ -178,20 +313,48 @@ class CacheNode:
             DiskFailed: the drive is sick.
             ShoalError: the origin's options are wrong.
         """
+        if urgency is Urgency.PREFETCH:
+            self.usage.used(spec.dataset.record.name)
+        if self.disk.fault:
+            raise DiskFailed(self.disk.fault)
         running = self.fills.running(spec.key)
         if running is not None:
             return running
-        if self.library.has_opened_origin(spec.dataset):
-            source = self.source(spec, order)
+        is_move = urgency is Urgency.REBALANCE
+        await self.whereabouts.settle(spec.snapshot.digest)
+        if is_move or self.library.has_opened_origin(spec.dataset):
+            source = self.source(spec, order, avoid, is_move=is_move)
         else:
-            source = await asyncio.to_thread(self.source, spec, order)
+            source = await asyncio.to_thread(self.source, spec, order, avoid)
         first = start // self.config.part_size
+        is_new = not self.store.has_partial(spec.key)
         try:
-            return await self.fills.join(spec.key, spec.size_bytes, source, urgency, first)
+            fill = await self._join(spec, source, urgency, first)
         except StoreFull:
-            if not await self.make_room(spec.size_bytes):
+            if not await self.room.make(spec, is_prefetch=urgency >= Urgency.PREFETCH):
                 raise
-        return await self.fills.join(spec.key, spec.size_bytes, source, urgency, first)
+            fill = await self._join(spec, source, urgency, first)
+        if urgency is Urgency.PREFETCH and is_new:
+            self.usage.prefetched(spec.key, spec.size_bytes)
+        fill.sealed.add_done_callback(functools.partial(self._on_filled, spec.key))
+        return fill
+
+    async def _join(self, spec: ShardSpec, source: Source, urgency: Urgency, first: int) -> Fill:
+        budget = self.budget_of(spec.dataset.record.name)
+        joining = self.fills.join(spec.key, spec.size_bytes, source, budget, urgency, first)
+        if not self.store.has_partial(spec.key):
+            return await joining
+        try:  # what an earlier fill left is read first
+            return await self.disk.unless_it_stalls(joining)
+        except DiskStalls as error:
+            raise DiskFailed(str(error)) from None
+
+    def _on_filled(self, key: Key, sealed: asyncio.Future[None]) -> None:
+        error = None if sealed.cancelled() else sealed.exception()
+        if error is not None:
+            self.usage.forget(key)
+            if isinstance(error.__cause__, OSError) and isinstance(error, DiskFailed):
+                self.disk.failed(error.__cause__)
 
     async def check(self, key: Key) -> None:
         """Verify a sealed shard, and drop it where it is bad: it is fetched anew by whoever asks next.
@@ -205,29 +368,76 @@ class CacheNode:
         await asyncio.shield(task)
 
     async def _check(self, key: Key) -> None:
-        if not await asyncio.to_thread(self.store.verify, key):
-            log.error("shard %s is damaged on the drive: dropped", key.hex())
-            self.counters.shards_corrupt.add(1)
-            await asyncio.to_thread(self.inventory.drop, key)
+        try:
+            await self.disk.run(self.store.verify, key)
+        except (OSError, DiskStalls) as error:
+            log.warning("shard %s cannot be checked now: %s", key.hex(), error)
 
-    async def make_room(self, size_bytes: int) -> bool:
-        """Drop what may be dropped until `size_bytes` are free; whether they are."""
-        knowledge = self.library.knowledge
-        served = knowledge.snapshots()
-        async with self._room:
-            for digest in served:
-                if await self.holdings_of(digest) is None:
-                    return False  # without its listing nobody can say which files a dataset still needs
-            return await asyncio.to_thread(
-                self.inventory.make_room, size_bytes, served=served, newest=knowledge.newest()
-            )
+    async def lose(self, key: Key, damage: Damage) -> None:
+        """`Store.lose`, for which nobody waits longer than the drive answers."""
+        with contextlib.suppress(DiskStalls):
+            await self.disk.run(self.store.lose, key, damage)
+
+    async def refetch(self, key: Key) -> None:
+        """Fill a shard that was lost, where this node owns it: nobody waits for it. Failures are logged."""
+        for served in self.library.knowledge.snapshots():
+            await self.holdings_of(served)
+        place = self.inventory.place_of(key)
+        if place is None:
+            return
+        digest, ordinal = place
+        try:
+            opened = await self.library.snapshot(digest)
+            table = opened.shard_table()
+            row, index = int(table.rows[ordinal]), int(table.indexes[ordinal])
+            spec = find_shard(self.library.knowledge.dataset_of(digest), opened, row, index)
+            order = self.order(spec)
+            rank = self.rank(order)
+            if rank is None or rank >= spec.dataset.record.replicas:
+                return
+            # As urgent as a prefetch, and none: somebody read the shard before it was lost.
+            fill = await self.fill(spec, order, Urgency.PREFETCH)
+            self.usage.forget(key)
+            await asyncio.shield(fill.sealed)
+        except (ShoalError, StoreFull, DiskFailed, AlreadySealed) as error:
+            log.warning("shard %s is not fetched again now: %s", key.hex(), error)
+
+    async def _keep_usage(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_INTERVAL_S)
+            try:
+                await asyncio.to_thread(self.usage.save)
+            except OSError as error:
+                log.warning("the last uses of datasets could not be kept: %s", error)
 
     def _on_sealed(self, key: Key) -> None:
-        self.disk_fault = ""
         self.inventory.sealed(key)
 
+    def _on_lost(self, key: Key, damage: Damage) -> None:
+        self.counters.shards_corrupt.add(damage)
+        self.inventory.gone(key)
+
+    def _on_stall(self) -> None:
+        for _, fill in self.fills.all():
+            fill.failed(DiskFailed(self.disk.fault))
+
+    def _on_recovery(self) -> None:
+        """In a thread, when the drive takes writes again."""
+        self.store.bury()
+        self.library.keep()
+
     async def close(self) -> None:
+        self._keeping.cancel()
+        await asyncio.gather(self._keeping, return_exceptions=True)
+        await self.rebalance.close()
+        await self.whereabouts.close()
+        await self._scrubber.close()
         await self.fills.close()
-        self.through_threads.shutdown(wait=False)
+        await self.disk.close()
+        self.passing.close()
         self.transport.close()
+        try:
+            await asyncio.to_thread(self.usage.save, at_once=True)
+        except OSError as error:
+            log.warning("the last uses of datasets could not be kept: %s", error)
         await asyncio.to_thread(self.store.close)

@@ -5,6 +5,7 @@ The rule: a part counts from the moment its checksum is in the attribute, and th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from pathlib import Path
@@ -37,10 +38,11 @@ class PartWriter:
         """Append bytes. Raises OSError as the disk does."""
         assert self.written + len(data) <= self._length, "a part has its length"
         self._hasher.update(data)
-        while data:
-            count = os.pwrite(self._partial.fd, data, self._start + self.written)
-            self.written += count
-            data = data[count:]
+        with self._partial.timed:
+            while data:
+                count = os.pwrite(self._partial.fd, data, self._start + self.written)
+                self.written += count
+                data = data[count:]
 
     def finish(self) -> None:
         """Note the part as present. Raises OSError as the disk does."""
@@ -60,6 +62,7 @@ class PartialFile:
         self._path = path
         self._lock = threading.Lock()  # guards _seal_claimed, _file, header.checksums and the attribute like them
         self._seal_claimed = False
+        self.timed = store.operations.timed
 
     @property
     def fd(self) -> int:
@@ -81,12 +84,15 @@ class PartialFile:
         with self._lock:
             if self._file is not None:
                 return
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            with self.timed:
+                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             try:
                 os.ftruncate(fd, self.header.size_bytes)
-                os.setxattr(fd, XATTR, self.header.encode())
+                os.setxattr(fd, XATTR, self.header.encode(self.key))
             except BaseException:
                 os.close(fd)
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
                 raise
             self._file = SealedFile(fd, self.header)
 
@@ -107,9 +113,9 @@ class PartialFile:
 
     def note_part(self, part: int, value: int) -> None:
         """Keep the checksum of a part that is wholly written. Raises OSError as the disk does."""
-        with self._lock:
+        with self._lock, self.timed:
             self.header.checksums[part] = value
-            os.setxattr(self.fd, XATTR, self.header.encode())
+            os.setxattr(self.fd, XATTR, self.header.encode(self.key))
 
     def claim_seal(self) -> bool:
         """Whether the caller is the one to seal: true once, after the last part."""
@@ -125,7 +131,7 @@ class PartialFile:
             return True
         with self._lock:
             self.header.checksums[part] = None
-            os.setxattr(self.fd, XATTR, self.header.encode())
+            os.setxattr(self.fd, XATTR, self.header.encode(self.key))
         return False
 
     def seal(self) -> None:
@@ -136,18 +142,15 @@ class PartialFile:
             raise ShardCorrupt(f"parts {bad} of shard {self.key.hex()} did not read back as written")
         with self._lock:
             self.header.generation = self._store.generation
-            os.setxattr(self.fd, XATTR, self.header.encode())
+            self.header.written_ns = os.fstat(self.fd).st_mtime_ns
+            os.setxattr(self.fd, XATTR, self.header.encode(self.key))
         os.fchmod(self.fd, 0o444)
         os.fdatasync(self.fd)
         self._store._publish(self)
 
     def drop(self) -> None:
-        """Give up: remove the file and its reservation. Readers that hold its descriptor keep it.
-
-        Raises OSError as the disk does; nothing is reserved then either.
-        """
+        """Give up: see `Store.give_up`. Readers that hold the file's descriptor keep it. Raises OSError."""
         try:
-            self._path.unlink(missing_ok=True)
-        finally:  # a drive that turned read-only keeps the file; the shard may be filled again all the same
-            self._store._forget_partial(self.key)
+            self._store.give_up(self.key, self._path, is_there=self.has_file)
+        finally:
             self.close()

@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from shoal.errors import ShoalError
 from shoal.snapshot import Snapshot
-from shoal_cachenode.fill import DiskFailed, Urgency
 from shoal_cachenode.holdings import Holdings
 from shoal_cachenode.library import KnownDataset, ShardSpec
 from shoal_cachenode.node import CacheNode
+from shoal_cachenode.scheduler import DiskFailed, Urgency
 from shoal_cachenode.store import AlreadySealed, StoreFull
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Prefetches:
         share.opened = await node.library.snapshot(share.order.snapshot)
         share.holdings = await asyncio.to_thread(node.inventory.of, share.opened)
         share.ordinals = await asyncio.to_thread(self._ordinals, share)
-        share.bytes_short = await asyncio.to_thread(self._short, share)
+        share.bytes_short = await self._short(share)
         share.is_planned = True
 
     def _ordinals(self, share: _Share) -> npt.NDArray[np.int64]:
@@ -145,8 +145,8 @@ class Prefetches:
         placement = self._node.library.placement(opened, known.record.replicas)
         return ordinals[placement.owned_by(self._node.id, ordinals)]
 
-    def _short(self, share: _Share) -> int:
-        """Bytes that the share needs beyond what is free or may be dropped."""
+    async def _short(self, share: _Share) -> int:
+        """Bytes that the share needs beyond what is free or may be dropped for a prefetch."""
         holdings, node = share.holdings, self._node
         assert holdings is not None
         missing = share.ordinals[~holdings.held[share.ordinals]]
@@ -155,8 +155,8 @@ class Prefetches:
         for key, size_bytes in node.store.reserved_sizes().items():
             if holdings.ordinal(key) in wanted:
                 needed -= size_bytes
-        room = node.store.free_bytes + node.inventory.droppable_bytes(node.library.knowledge.newest())
-        return max(0, needed - room)
+        assert share.known is not None
+        return max(0, needed - await node.room.for_prefetch(share.known.record.name))
 
     async def _fetch(self, share: _Share) -> None:
         holdings, node = share.holdings, self._node

@@ -1,28 +1,41 @@
 """Where the bytes of a shard come from: the origin, or a peer that has them.
 
-The rule: a source gives exactly the bytes asked for or raises; it never gives fewer and never another version's.
+The rule: a source gives exactly the bytes asked for or raises; it never gives another version's, and bytes that it gave
+before it raised are good. A peer that is silent for no reason of its own is left within a fraction of a second
+(`shoal.watch`), and then asked last by everybody here.
 All of them block and are used from several threads at once.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from shoal import memory, shard_client
+from shoal.connection import Interrupted
 from shoal.errors import NotCached, Overloaded, ShardCorrupt, SnapshotNotFound, Unavailable
 from shoal.origin import Origin, Sink
 from shoal.shard_client import ShardAt
 from shoal.transport import Transport
+from shoal.watch import Watch
+from shoal_cachenode.origin_budget import OriginBudget
 
 log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """Reads of one shard."""
+    """Reads of one shard.
+
+    Attributes:
+        needs_origin: nobody but the origin is left to ask.
+    """
+
+    @property
+    def needs_origin(self) -> bool: ...
 
     def stream(self, start: int, end: int, sink: Sink) -> None:
         """Hand bytes [start, end) of the shard to `sink` as they come; see `Origin.stream`. Raises ShoalError."""
@@ -31,22 +44,39 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OriginSource:
-    """The shard's slice of its object at the origin, at the version that the snapshot lists."""
+    """The shard's slice of its object at the origin, at the version that the snapshot lists.
+
+    Attributes:
+        waits: for room in the budget, in the thread that reads; else `OriginBusy` is raised where there is none.
+    """
 
     origin: Origin
     path: str
     version: str
     offset: int
     on_read: Counter
+    budget: OriginBudget
+    waits: bool
+
+    @property
+    def needs_origin(self) -> bool:
+        return True
 
     def stream(self, start: int, end: int, sink: Sink) -> None:
-        self.origin.stream(self.path, self.version, self.offset + start, self.offset + end, sink)
+        with self.budget.read(end - start, waits=self.waits):
+            self.origin.stream(self.path, self.version, self.offset + start, self.offset + end, sink)
         self.on_read.add(end - start)
 
 
 @dataclass(frozen=True, slots=True)
 class PeerSource:
-    """Another node's copy. `cached_only`: what it holds sealed, and nothing it would have to fetch itself."""
+    """Another node's copy.
+
+    Attributes:
+        cached_only: what it holds sealed, and nothing it would have to fetch itself.
+        avoid: nodes that it is told to avoid.
+        until: `time.monotonic` at which nobody waits any more.
+    """
 
     transport: Transport
     address: str
@@ -54,20 +84,44 @@ class PeerSource:
     node_id: str
     cached_only: bool
     on_read: Counter
+    avoid: frozenset[str] = shard_client.NOBODY
+    until: float = math.inf
+
+    @property
+    def needs_origin(self) -> bool:
+        return False
 
     def stream(self, start: int, end: int, sink: Sink) -> None:
-        """See `Source`. The range comes in one piece, after its checksums were compared."""
+        """See `Source`. The range comes in one piece, after its checksums were compared; what is good of it where the
+        peer fails within it."""
         # Via: the peer must answer by itself, so two nodes with different maps cannot ask each other in a circle.
-        headers = {"Via": f"1.1 {self.node_id}"}
+        headers = {"Via": f"1.1 {self.node_id}", **shard_client.avoiding(self.avoid)}
         if self.cached_only:
-            headers["Cache-Control"] = "only-if-cached"
+            headers |= shard_client.ONLY_IF_CACHED
         # pyarrow's pool reuses pages; a fresh bytearray would fault in each of them anew.
         view = memory.view(memory.allocate(end - start))
-        shard_client.read(
-            self.transport, self.address, self.shard, start, end, lambda: view, verify=True, headers=headers
-        )
-        self.on_read.add(end - start)
-        sink(view)
+        watch = Watch(self.transport, self.address, until=self.until, is_hasty=True)
+        try:
+            shard_client.read(
+                self.transport,
+                self.address,
+                self.shard,
+                start,
+                end,
+                lambda: view,
+                verify=True,
+                headers=headers,
+                watch=watch,
+            )
+        except Interrupted as error:
+            self._hand_over(view[: error.received], sink)
+            raise
+        self._hand_over(view, sink)
+
+    def _hand_over(self, view: memoryview, sink: Sink) -> None:
+        if view:
+            self.on_read.add(len(view))
+            sink(view)
 
 
 class Counter:
@@ -82,6 +136,19 @@ class Counter:
             self.value += amount
 
 
+class NobodyHasIt(NotCached):
+    """No peer gave a shard that was to be moved here."""
+
+
+class Nobody:
+    """The last resort of a fill that moves a shard between nodes: the origin is not asked."""
+
+    needs_origin = False
+
+    def stream(self, start: int, end: int, sink: Sink) -> None:
+        raise NobodyHasIt("no peer gives the shard that was to be moved here: it is fetched when it is read")
+
+
 class FirstThatHasIt:
     """Peers in order, then the last resort. A peer that fails once for this shard is not asked again."""
 
@@ -89,11 +156,22 @@ class FirstThatHasIt:
         self._peers = tuple(peers)
         self._last = last
 
+    @property
+    def needs_origin(self) -> bool:
+        return not self._peers and self._last.needs_origin
+
     def stream(self, start: int, end: int, sink: Sink) -> None:
+        reached = start
+
+        def take(data: memoryview) -> None:
+            nonlocal reached
+            sink(data)
+            reached += len(data)
+
         for peer in self._peers:
             try:
-                return peer.stream(start, end, sink)  # all of it or nothing was handed over
+                return peer.stream(reached, end, take)
             except (Unavailable, NotCached, SnapshotNotFound, Overloaded, ShardCorrupt) as error:
-                log.debug("a peer did not give the bytes: %s", error)
+                log.debug("a peer did not give the bytes from %d on: %s", reached, error)
                 self._peers = tuple(p for p in self._peers if p is not peer)
-        return self._last.stream(start, end, sink)
+        return self._last.stream(reached, end, sink)

@@ -2,40 +2,56 @@
 
     shards/ab/<key>     sealed: whole, verified, read-only
     filling/<key>       partial: sparse, with the parts it has in its attribute (shard_file.py)
-    state.json          node id, generation, the boot that runs
 
-A start-up scan trusts sealed names by their presence and size, so that a node is warm at once, and keeps partial
-files: their parts are verified when the fill goes on. After a *machine* went down without a clean stop (another boot
-id and no clean mark) sealed files are verified once before they are served, because their pages may never have
-reached the drive.
+A start-up scan takes sealed files by their names and sizes, so that a node is warm at once, keeps partial files that
+may go on (their parts are verified when they do), and removes everything else that lies there. What the scan took is
+held against its attribute when it is first opened. It is also read and verified before it is served
+
+- where the *machine* went down without a clean stop since it was sealed (another boot id and no clean mark), because
+  its pages may never have reached the drive;
+- where anybody wrote to the file: its time of modification is not that of the seal, or, while it is open here, its
+  time of change moved.
+
+A sealed file that is damaged is dropped. Where the drive does not let it go it is *condemned*: never served again,
+counted until it is gone. A file that is dropped while somebody maps or reads it keeps its room on the drive until the
+last of them lets go; the ledger counts that room as free.
 
 The rule: eviction is ``unlink``, never ``truncate``, so a map, a descriptor or a running ``sendfile`` stays valid.
 
-Every method that touches the disk blocks; the node calls them from threads.
+Every method that touches the disk blocks, unless it says otherwise; the node calls them from threads.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
+import errno
+import logging
 import os
 import threading
-import uuid
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from shoal.errors import ShardCorrupt, StoreUnusable
-from shoal.shards import PART_SIZE, Key
+from shoal.errors import ShardCorrupt
+from shoal.shards import KEY_SIZE, PART_SIZE, Key
+from shoal_cachenode.data_directory import DataDirectory, sync_directory
 from shoal_cachenode.ledger import Ledger
+from shoal_cachenode.operations import Operations
 from shoal_cachenode.partial_file import PartialFile
-from shoal_cachenode.sealed_file import SealedFile, part_is_good
+from shoal_cachenode.sealed_file import Damage, SealedFile, check
 from shoal_cachenode.shard_file import XATTR, ShardHeader
+
+log = logging.getLogger(__name__)
 
 #: Descriptors of sealed files kept open between requests.
 MAX_OPEN_FILES = 512
+_SENTENCES = {
+    Damage.MISSING: "its file is gone",
+    Damage.TORN: "its file is not as long as it was sealed, or its attribute is not its own",
+    Damage.CHECKSUM: "a part does not read back as it was sealed",
+    Damage.UNREADABLE: "the drive gives an error for it",
+}
+_HEX_DIGITS = frozenset("0123456789abcdef")
 
 
 class StoreFull(Exception):
@@ -46,8 +62,19 @@ class AlreadySealed(Exception):
     """The shard was sealed meanwhile: look again."""
 
 
+class _Damaged(Exception):
+    """A sealed shard is not to be served."""
+
+    def __init__(self, damage: Damage) -> None:
+        super().__init__(damage)
+        self.damage = damage
+
+
 class Store:
     """The shards of one data directory.
+
+    Attributes:
+        node_id, generation: see `DataDirectory`.
 
     Args:
         directory: made if missing; locked, so that no two nodes share it.
@@ -61,21 +88,20 @@ class Store:
     def __init__(self, directory: Path, capacity_bytes: int, *, part_size: int = PART_SIZE) -> None:
         self.directory = directory
         self.part_size = part_size
-        self._lock = threading.Lock()  # guards _ledger, _open and _partials
+        self.operations = Operations()
+        #: Called, in whatever thread found it, after a sealed shard was dropped because it is damaged.
+        self.on_lost: Callable[[Key, Damage], None] = lambda key, damage: None
+        self._lock = threading.Lock()  # guards _ledger, _open, _touched and _partials
         self._ledger = Ledger(capacity_bytes)
         self._open: OrderedDict[Key, SealedFile] = OrderedDict()
+        self._touched: set[Key] = set()  # somebody wrote to their files since they were opened here
         self._partials: dict[Key, PartialFile | None] = {}
         self._sealed_directory = directory / "shards"
         self._filling_directory = directory / "filling"
-        self._lock_fd = self._prepare()
-        self._state = self._load_state()
-        self.generation: int = self._state["generation"]
+        self._data = DataDirectory(directory, [self._sealed_directory, self._filling_directory])
+        self.node_id = self._data.node_id
+        self.generation = self._data.generation
         self._scan()
-
-    @property
-    def node_id(self) -> str:
-        """This directory's own name, made once: a node keeps its id, and so its shards, over restarts."""
-        return str(self._state["node_id"])
 
     @property
     def capacity_bytes(self) -> int:
@@ -107,16 +133,29 @@ class Store:
         return key in self._ledger.sealed
 
     def open_cached(self, key: Key) -> SealedFile | None:
-        """The sealed file of `key` if it is open already, counted for the caller. Does not touch the disk."""
+        """The sealed file of `key` if it is open already and untouched, counted for the caller. Does not block."""
         with self._lock:
             file = self._open.get(key)
             if file is None or not file.retain():
                 return None
             self._open.move_to_end(key)
+        if file.is_untouched:
             return file
+        with self._lock:
+            self._touched.add(key)
+            kept = self._open.get(key) is file
+            if kept:
+                del self._open[key]
+        for _ in range(1 + kept):
+            file.release()
+        return None
 
     def open_sealed(self, key: Key) -> SealedFile | None:
-        """The sealed file of `key`, counted for the caller; None where it is not here or turned out bad."""
+        """The sealed file of `key`, counted for the caller; None where it is not here or turned out bad.
+
+        Raises:
+            OSError: it cannot be opened now, which is not its fault: this process has no descriptors left, say.
+        """
         file = self.open_cached(key)
         if file is not None:
             return file
@@ -124,14 +163,12 @@ class Store:
             return None
         try:
             file = self._open_file(key)
-        except FileNotFoundError:
-            self.evict(key)
-            return None
-        except ShardCorrupt:
-            self.evict(key)
+        except _Damaged as error:
+            self.lose(key, error.damage)
             return None
         file.retain()
         with self._lock:
+            self._touched.discard(key)
             if key not in self._ledger.sealed or key in self._open:
                 file.release()  # evicted, or opened by another thread, meanwhile: this one is the caller's alone
                 return file
@@ -142,38 +179,85 @@ class Store:
         return file
 
     def _open_file(self, key: Key) -> SealedFile:
-        fd = os.open(self._sealed_path(key), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            header = ShardHeader.decode(os.getxattr(fd, XATTR))
-            if header.size_bytes != os.fstat(fd).st_size or not header.is_complete:
-                raise ShardCorrupt(f"shard {key.hex()} has another length than it was sealed with")
-            if header.generation < self.generation:
+            fd = os.open(self._sealed_path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise _damaged(error) from error
+        try:
+            try:
+                header = ShardHeader.decode(os.getxattr(fd, XATTR), key)
+            except OSError as error:
+                raise _damaged(error) from error
+            except ShardCorrupt as error:
+                raise _Damaged(Damage.TORN) from error
+            found = os.fstat(fd)
+            if header.size_bytes != found.st_size or not header.is_complete:
+                raise _Damaged(Damage.TORN)
+            is_touched = header.written_ns != found.st_mtime_ns or key in self._touched
+            if header.generation < self.generation or is_touched:
                 self._verify_once(key, fd, header)
             return SealedFile(fd, header)
-        except BaseException as error:
+        except BaseException:
             os.close(fd)
-            if isinstance(error, OSError) and not isinstance(error, ShardCorrupt):
-                raise ShardCorrupt(f"shard {key.hex()} cannot be read: {error}") from error
             raise
 
     def _verify_once(self, key: Key, fd: int, header: ShardHeader) -> None:
-        if not all(part_is_good(fd, header, part) for part in range(len(header.checksums))):
-            raise ShardCorrupt(f"shard {key.hex()} did not survive the last unclean stop of the machine")
+        damage = check(fd, header, self.operations.beat)
+        if damage is not None:
+            raise _Damaged(damage)
         header.generation = self.generation
+        header.written_ns = os.fstat(fd).st_mtime_ns
         path = self._sealed_path(key)
-        path.chmod(0o644)  # setxattr wants a writable file
-        os.setxattr(path, XATTR, header.encode())
-        path.chmod(0o444)
+        with contextlib.suppress(OSError):  # a drive that cannot be written to has it verified again next time
+            path.chmod(0o644)  # setxattr wants a writable file
+            os.setxattr(path, XATTR, header.encode(key))
+            path.chmod(0o444)
 
-    def verify(self, key: Key) -> bool:
-        """Whether a sealed shard reads back as it was sealed; True where it is not here."""
+    def verify(self, key: Key) -> Damage | None:
+        """Read a sealed shard; drop it where it does not read back as it was sealed, and say what was wrong.
+
+        Raises OSError as `open_sealed`.
+        """
         file = self.open_sealed(key)
         if file is None:
-            return True
+            return None
         try:
-            return all(part_is_good(file.fd, file.header, part) for part in range(len(file.header.checksums)))
+            damage = check(file.fd, file.header, self.operations.beat)
         finally:
             file.release()
+        if damage is not None:
+            self.lose(key, damage)
+        return damage
+
+    def lose(self, key: Key, damage: Damage) -> None:
+        """Drop a sealed shard that is damaged. Where the drive keeps the file it is never served again all the same."""
+        with self._lock:
+            if not self._ledger.condemn(key):
+                return  # somebody else was faster
+            self._touched.discard(key)
+            file = self._open.pop(key, None)
+        if file is not None:
+            file.release()
+        log.error("shard %s is dropped: %s", key.hex(), _SENTENCES[damage])
+        self._bury(key)
+        self.on_lost(key, damage)
+
+    def bury(self) -> None:
+        """Remove the files of condemned shards that the drive kept, where it lets them go now."""
+        with self._lock:
+            condemned = list(self._ledger.condemned)
+        for key in condemned:
+            self._bury(key)
+
+    def _bury(self, key: Key) -> None:
+        try:
+            self._sealed_path(key).unlink(missing_ok=True)
+        except OSError as error:
+            log.error("the file of shard %s stays on the drive, and counts: %s", key.hex(), error)
+            return
+        with self._lock:
+            if key in self._ledger.condemned:
+                self._ledger.release(key)
 
     def has_partial(self, key: Key) -> bool:
         """Whether an earlier fill of `key` left a file."""
@@ -186,23 +270,30 @@ class Store:
 
         Raises:
             AlreadySealed: another fill was faster.
-            StoreFull: no room.
-            OSError: as the disk does; nothing is reserved then.
+            StoreFull: no room, or a damaged file of the shard is in the way.
+            OSError: as the disk does; nothing is reserved then, but for a file that the drive keeps.
         """
+        path = self._filling_directory / key.hex()
+        if self._ledger.reserved.get(key, size_bytes) != size_bytes:
+            self.evict(key)  # of another size than its shard has: nothing of it is of use
         with self._lock:
             if key in self._ledger.sealed:
                 raise AlreadySealed
+            if key in self._ledger.condemned:
+                raise StoreFull(f"the damaged file of shard {key.hex()} is still on the drive")
             left_over = key in self._ledger.reserved
             assert self._partials.get(key) is None, "a shard has one fill at a time"
             if not left_over and not self._ledger.reserve(key, size_bytes):
                 raise StoreFull(f"{size_bytes} bytes do not fit into the {self._ledger.free_bytes} that are free")
             self._partials[key] = None
-        path = self._filling_directory / key.hex()
         try:
-            partial = self._resume(key, path, size_bytes) if left_over else self._new(key, path, size_bytes)
+            if left_over:
+                with self.operations.timed:
+                    partial = self._resume(key, path, size_bytes)
+            else:
+                partial = self._new(key, path, size_bytes)
         except BaseException:
-            path.unlink(missing_ok=True)
-            self._forget_partial(key)
+            self.give_up(key, path, is_there=left_over)
             raise
         with self._lock:
             self._partials[key] = partial
@@ -213,14 +304,16 @@ class Store:
 
     def _resume(self, key: Key, path: Path, size_bytes: int) -> PartialFile:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            path.chmod(0o644)  # a process that was killed while it sealed left it read-only
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                header = ShardHeader.decode(os.getxattr(fd, XATTR))
+                header = ShardHeader.decode(os.getxattr(fd, XATTR), key)
                 if header.size_bytes == size_bytes == os.fstat(fd).st_size:
                     partial = PartialFile(self, key, path, header, fd)
                     for part, known in enumerate(header.checksums):
                         if known is not None:
                             partial.verify_part(part)
+                            self.operations.beat()
                     return partial
                 raise ShardCorrupt("the partial file is of another shard size")
             except BaseException:
@@ -239,17 +332,38 @@ class Store:
             self._partials.pop(partial.key, None)
         partial.close()
 
+    def give_up(self, key: Key, path: Path, *, is_there: bool) -> None:
+        """End a fill for good: remove its file and its reservation.
+
+        Raises OSError as the disk does. The reservation stays then where a file `is_there`, because it takes its room.
+        """
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:
+            if not is_there:
+                self._forget_partial(key)
+            with self._lock:
+                self._partials.pop(key, None)
+            raise
+        self._forget_partial(key)
+
     def evict(self, key: Key) -> int:
-        """Unlink a sealed shard, or a partial one that nobody fills; return the bytes that became free."""
+        """Unlink a sealed shard, or a partial one that nobody fills; return the bytes that became free.
+
+        Raises OSError as the disk does; the shard is here as before then.
+        """
         with self._lock:
             if key in self._partials:
                 return 0
             is_partial = key in self._ledger.reserved
         path = self._filling_directory / key.hex() if is_partial else self._sealed_path(key)
-        path.unlink(missing_ok=True)
+        with self.operations.timed:
+            path.unlink(missing_ok=True)
+        self.operations.beat()
         with self._lock:
             # Together: until the ledger forgets the key, another thread may open the file and keep it in `_open`.
             file = self._open.pop(key, None)
+            self._touched.discard(key)
             freed = self._ledger.release(key)
         if file is not None:
             file.release()
@@ -267,21 +381,21 @@ class Store:
             self._open.clear()
         for file in files:
             file.release()
-        self._save_state(clean=True)
-        os.close(self._lock_fd)
+        self._data.close()
 
     def _publish(self, partial: PartialFile) -> None:
         path = self._sealed_path(partial.key)
         path.parent.mkdir(exist_ok=True)
         partial._path.rename(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
         with self._lock:
             self._ledger.seal(partial.key)
             self._partials.pop(partial.key, None)
         partial.close()
-        file = self.open_sealed(partial.key)  # the first reader then finds it open
-        if file is not None:
-            file.release()
+        with contextlib.suppress(OSError):
+            file = self.open_sealed(partial.key)  # the first reader then finds it open
+            if file is not None:
+                file.release()
 
     def _forget_partial(self, key: Key) -> None:
         with self._lock:
@@ -292,92 +406,58 @@ class Store:
         name = key.hex()
         return self._sealed_directory / name[:2] / name
 
-    def _prepare(self) -> int:
-        try:
-            for directory in (self.directory, self._sealed_directory, self._filling_directory):
-                directory.mkdir(parents=True, exist_ok=True)
-            lock_fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StoreUnusable(
-                f"cannot use {self.directory} as data directory: {error.strerror}; give --data-dir a directory that "
-                "this user can write"
-            ) from error
-        try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.setxattr(self.directory / "lock", XATTR, b"probe")
-        except BlockingIOError as error:
-            os.close(lock_fd)
-            raise StoreUnusable(
-                f"another cache node already uses {self.directory}: stop it or give --data-dir another directory"
-            ) from error
-        except OSError as error:
-            os.close(lock_fd)
-            raise StoreUnusable(
-                f"{self.directory} lies on a file system without user extended attributes ({error.strerror}): use "
-                "ext4, XFS or Btrfs"
-            ) from error
-        return lock_fd
-
-    def _load_state(self) -> dict[str, Any]:
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        path = self.directory / "state.json"
-        try:
-            state = json.loads(path.read_text())
-            generation = int(state["generation"])
-            if state["boot_id"] != boot_id and not state["clean"]:
-                generation += 1
-            node_id = str(state["node_id"])
-        except FileNotFoundError:
-            generation, node_id = 1, uuid.uuid4().hex[:12]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreUnusable(
-                f"{path} is damaged ({error!r}): restore it, or empty {self.directory} to start cold"
-            ) from error
-        self._state = {"node_id": node_id, "generation": generation, "boot_id": boot_id, "clean": False}
-        self._save_state(clean=False)
-        return self._state
-
-    def _save_state(self, *, clean: bool) -> None:
-        self._state["clean"] = clean
-        write_atomically(self.directory / "state.json", json.dumps(self._state).encode())
-
     def _scan(self) -> None:
-        for directory in sorted(p for p in self._sealed_directory.iterdir() if p.is_dir()):
-            for key, size_bytes in _keys_in(directory):
+        for directory in sorted(p for p in self._sealed_directory.iterdir() if not p.is_symlink()):
+            if not directory.is_dir():
+                _remove_stray(directory)
+                continue
+            for key, size_bytes in _keys_in(directory, prefix=directory.name):
                 self._ledger.adopt_sealed(key, size_bytes)
-        for key, size_bytes in _keys_in(self._filling_directory):
-            if self.is_sealed(key):
-                (self._filling_directory / key.hex()).unlink()
-            else:
+        for key, size_bytes in _keys_in(self._filling_directory, prefix=""):
+            path = self._filling_directory / key.hex()
+            if not self.is_sealed(key) and _may_go_on(path, key, size_bytes):
                 self._ledger.adopt_reserved(key, size_bytes)
+            else:
+                _remove_stray(path)
 
 
-def _keys_in(directory: Path) -> Iterator[tuple[Key, int]]:
+def _damaged(error: OSError) -> _Damaged | OSError:
+    """What a failure to open a sealed file or to read its attribute says about the shard, if anything."""
+    match error.errno:
+        case errno.ENOENT | errno.ELOOP:
+            return _Damaged(Damage.MISSING)
+        case errno.ENODATA | errno.ERANGE:
+            return _Damaged(Damage.TORN)
+        case errno.EIO | errno.EUCLEAN:
+            return _Damaged(Damage.UNREADABLE)
+        case _:
+            return error
+
+
+def _may_go_on(path: Path, key: Key, size_bytes: int) -> bool:
+    """Whether a fill can take up this partial file."""
+    try:
+        return ShardHeader.decode(os.getxattr(path, XATTR, follow_symlinks=False), key).size_bytes == size_bytes
+    except (OSError, ShardCorrupt):
+        return False
+
+
+def _keys_in(directory: Path, prefix: str) -> Iterator[tuple[Key, int]]:
+    """Shards by the names of the files in `directory`, with the files' sizes; removes what has no such name."""
     with os.scandir(directory) as entries:
         for entry in entries:
-            try:
-                key = bytes.fromhex(entry.name)
-            except ValueError:
-                continue
-            if len(key) == 16 and entry.is_file(follow_symlinks=False):
-                yield key, entry.stat(follow_symlinks=False).st_size
+            name = entry.name
+            is_key = len(name) == 2 * KEY_SIZE and set(name) <= _HEX_DIGITS and name.startswith(prefix)
+            if is_key and entry.is_file(follow_symlinks=False):
+                yield bytes.fromhex(name), entry.stat(follow_symlinks=False).st_size
+            else:
+                _remove_stray(directory / name)
 
 
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _remove_stray(path: Path) -> None:
+    """Remove what no shard is from a directory of the store's, so that all that lies there is counted."""
+    log.warning("%s is no shard of this node and is removed", path)
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a small file aside, make it durable and rename it into place."""
-    aside = path.with_name(path.name + ".new")
-    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    with contextlib.closing(os.fdopen(fd, "wb")) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(fd)
-    aside.rename(path)
-    _sync_directory(path.parent)
+        path.unlink()
+    except OSError as error:  # a directory, say: nobody will ever look into it
+        log.warning("%s stays: %s", path, error)

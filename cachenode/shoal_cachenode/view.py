@@ -18,6 +18,10 @@ from shoal.version import VERSION
 from shoal_cachenode.membership import Membership
 from shoal_cachenode.node import CacheNode
 
+#: A drive that takes so long over one read is no help to readers now: they are told so when they ask, and do better
+#: elsewhere. What the node itself makes of it is up to `shoal_cachenode.disk`, which is more patient.
+SLOW_READ_S = 0.3
+
 
 class NodeView:
     """A `shoal.wire.routes.ClusterView` over a cache node."""
@@ -62,8 +66,16 @@ class NodeView:
         raw = json.loads(answer.body)
         return DatasetRecord.from_dict(raw["dataset"]), raw["path"]
 
-    async def snapshot_path(self, digest: str) -> Path:
-        return await self._node.library.snapshot_path(digest)
+    async def snapshot_path(self, digest: str, *, may_fetch: bool) -> Path:
+        return await self._node.library.snapshot_path(digest, may_fetch=may_fetch)
+
+    def stalled(self) -> str | None:
+        disk = self._node.disk
+        if disk.is_stalling:
+            return None  # it was given up: reads pass through and wait for nothing
+        if disk.oldest_read_s >= SLOW_READ_S:
+            return f"a read of the drive has taken {disk.oldest_read_s:.1f} s so far"
+        return None
 
     def ready(self) -> str | None:
         if self._membership.is_connected or self._node.library.knowledge.cluster_map.epoch:

@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import mmap
 import os
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from shoal.cluster_map import ClusterMap, NodeState
+from shoal import shard_client
+from shoal.cluster_map import ClusterMap, Node, NodeState
 from shoal.connection import Answer
 from shoal.datasets import DatasetRecord
-from shoal.errors import ClusterUnavailable, InvalidRequest, NotFound, ShardCorrupt, Unavailable
+from shoal.errors import ClusterUnavailable, InvalidRequest, NotFound, Overloaded, ShardCorrupt, Unavailable
 from shoal.local import LocalNode
 from shoal.placement import Placement
 from shoal.snapshot import Snapshot
@@ -32,6 +35,8 @@ from shoal.transport import Transport
 log = logging.getLogger(__name__)
 
 MAX_PLACEMENTS = 64
+#: A map that nobody gave is not asked for again by those whose reads fail for this long.
+RENEW_AGAIN_S = 1.0
 
 
 def parse_endpoint(text: str) -> str:
@@ -69,6 +74,7 @@ class Cluster:
         self._endpoint = parse_endpoint(endpoint) if endpoint else ""
         self._map = ClusterMap()
         self._known_epoch = 0
+        self._not_renewed_at = -math.inf  # `time.monotonic` of the last failure, if it was the last attempt
         self._snapshots: dict[str, Snapshot] = {}
         self._placements: OrderedDict[tuple[str, int, int], Placement] = OrderedDict()
         self._reset_lock()
@@ -85,32 +91,59 @@ class Cluster:
             self.refresh_map()
         return self._map
 
+    def address_of(self, node: Node) -> str:
+        """Where this process asks a node: the local one at its socket."""
+        local = self.local
+        return node.address if local is None or node.id != local.node_id else local.address
+
+    def avoiding(self, asked: str) -> dict[str, str]:
+        """The header that tells the node at `asked` which others do not answer this process; mostly none."""
+        health = self.transport.health
+        if not health.circuits:
+            return {}
+        self.transport.prober.keep_on()
+        others = ((node.id, self.address_of(node)) for node in self._map.nodes)
+        return shard_client.avoiding(node for node, address in others if address != asked and health.is_open(address))
+
     def note_epoch(self, epoch: int) -> None:
         """Remember that somebody has a map of this epoch."""
         if epoch > self._known_epoch:
             self._known_epoch = epoch
 
     def refresh_map(self) -> None:
-        """Fetch the map anew; keep the old one where nobody answers."""
+        """Fetch the map anew; keep the old one where nobody answers at once."""
         try:
-            self.document = self._fetch_document()
-        except Unavailable as error:
-            log.warning("the cluster map could not be renewed, going on with epoch %d: %s", self._map.epoch, error)
+            self.document = self._fetch_document(is_patient=False)
+            self._not_renewed_at = -math.inf
+        except (Unavailable, Overloaded) as error:
+            # Said once: a reader that is helped without any node would say it for each piece.
+            level = logging.WARNING if self._not_renewed_at == -math.inf else logging.DEBUG
+            log.log(level, "the cluster map could not be renewed, going on with epoch %d: %s", self._map.epoch, error)
+            self._not_renewed_at = time.monotonic()
             self._known_epoch = self._map.epoch
 
     def newer_map(self, epoch: int) -> bool:
-        """Fetch the map anew; whether it is newer than `epoch`."""
-        self.refresh_map()
+        """Whether there is a map newer than `epoch`: fetches it, unless nobody answered just now."""
+        if time.monotonic() - self._not_renewed_at > RENEW_AGAIN_S:
+            self.refresh_map()
         return self._map.epoch > epoch
 
-    def _fetch_document(self) -> dict[str, Any]:
-        newest: dict[str, Any] = json.loads(self.ask("/v1/cluster").body)
+    def _fetch_document(self, *, is_patient: bool = True) -> dict[str, Any]:
+        body = self.ask("/v1/cluster", is_patient=is_patient).body
+        try:
+            newest: dict[str, Any] = json.loads(body)
+            ClusterMap.from_json(json.dumps(newest["map"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ClusterUnavailable(
+                f"what answers at {self._endpoint or 'the local socket'} is no Shoal process: correct SHOAL_ENDPOINT "
+                "(or storage_options 'endpoint')"
+            ) from error
         if newest["epoch"] < self._known_epoch:
             # Whoever answered is late itself. The nodes hear of a new map from the controller, so one of them has it.
             for address in self._node_addresses():
                 try:
-                    document = json.loads(self.transport.get(address, "/v1/cluster").body)
-                except Unavailable:
+                    document = json.loads(self.transport.get(address, "/v1/cluster", is_hasty=True).body)
+                except (Unavailable, Overloaded):
                     continue
                 newest = max(newest, document, key=lambda d: d["epoch"])
         with self._lock:
@@ -122,29 +155,38 @@ class Cluster:
     def _node_addresses(self) -> list[str]:
         return [n.address for n in self._map.nodes if n.state is not NodeState.DOWN]
 
-    def ask(self, target: str) -> Answer:
+    def ask(self, target: str, *, is_patient: bool = True) -> Answer:
         """GET a resource that every process of the cluster can answer: the local node first, then the endpoint.
+
+        An address that is silent is passed over at once; where all are, a patient caller waits for each in turn.
 
         Raises:
             ClusterUnavailable: nobody answers.
             ShoalError: what the one that answers says.
         """
-        local = [self.local.address] if self.local is not None else []
-        failure: Unavailable | None = None
-        for address in dict.fromkeys([*local, *filter(None, [self._endpoint]), *self._node_addresses()]):
-            try:
-                answer = self.transport.get(address, target)
-            except Unavailable as error:
-                failure = failure or error
-                continue
-            except NotFound as error:
-                answer = self._second_opinion(address, target, error)
-            self.note_epoch(answer.epoch)
-            return answer
+        addresses = self._anybody()
+        failure: Unavailable | Overloaded | None = None
+        for is_hasty in (True, False) if is_patient else (True,):
+            for address in addresses:
+                try:
+                    answer = self.transport.get(address, target, is_hasty=is_hasty)
+                except (Unavailable, Overloaded) as error:
+                    failure = failure or error
+                    continue
+                except NotFound as error:
+                    answer = self._second_opinion(address, target, error)
+                self.note_epoch(answer.epoch)
+                return answer
         raise ClusterUnavailable(
             f"no Shoal cluster answers at {self._endpoint or 'the local socket'}: {failure}; check SHOAL_ENDPOINT (or "
             "storage_options 'endpoint') and that the cluster runs"
         ) from failure
+
+    def _anybody(self) -> list[str]:
+        """Addresses of all processes of the cluster: the local node, the endpoint, the others; who fails comes last."""
+        local = [self.local.address] if self.local is not None else []
+        addresses = dict.fromkeys([*local, *filter(None, [self._endpoint]), *self._node_addresses()])
+        return sorted(addresses, key=self.transport.health.is_open)
 
     def _second_opinion(self, address: str, target: str, error: NotFound) -> Answer:
         """The controller's answer: a node that says "not found" may not have heard yet. Raises `error` or its own."""
@@ -152,7 +194,7 @@ class Cluster:
         if controller in ("", address):
             raise error
         try:
-            return self.transport.get(controller, target)
+            return self.transport.get(controller, target, is_hasty=True)
         except Unavailable:
             raise error from None
 
@@ -196,17 +238,13 @@ class Cluster:
         except ShardCorrupt as error:
             log.warning("fetching the snapshot anew: %s", error)
             path.unlink(missing_ok=True)
-        address, size_bytes = self._holder_of(digest)
         # A file without a name: whatever happens to this process before the end, nothing is left of it.
         try:
             fd = os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError:
             fd = os.memfd_create("shoal-snapshot")  # a file system without such files: a copy of our own
         try:
-            os.ftruncate(fd, size_bytes)
-            # Received into the file's own pages: a copy on the heap would be private to this process.
-            with mmap.mmap(fd, size_bytes) as pages, memoryview(pages) as view:
-                self.transport.read_into(address, f"/v1/snapshots/{digest}", 0, size_bytes, view)
+            address = self._receive_snapshot(digest, fd)
             opened = Snapshot.from_fd(fd)
             opened.verify()
             if opened.digest != digest:
@@ -220,15 +258,25 @@ class Cluster:
             os.close(fd)
         return opened
 
-    def _holder_of(self, digest: str) -> tuple[str, int]:
-        """Somebody who has a snapshot, and its bytes."""
-        failure: Unavailable | None = None
-        for address in dict.fromkeys([*filter(None, [self._endpoint]), *self._node_addresses()]):
-            try:
-                answer = self.transport.get(address, f"/v1/snapshots/{digest}", method="HEAD")
-                return address, int(answer.headers["content-length"])
-            except Unavailable as error:
-                failure = error
+    def _receive_snapshot(self, digest: str, fd: int) -> str:
+        """Write a snapshot into the empty file `fd`; return the address of whoever sent it."""
+        failure: Unavailable | Overloaded | None = None
+        target = f"/v1/snapshots/{digest}"
+        local = self.local.address if self.local is not None else ""
+        for is_hasty in (True, False):
+            for address in self._anybody():
+                if address == local:
+                    continue  # it was asked for its own file, and has none
+                try:
+                    answer = self.transport.get(address, target, method="HEAD", is_hasty=is_hasty)
+                    size_bytes = int(answer.headers["content-length"])
+                    os.ftruncate(fd, size_bytes)
+                    # Received into the file's own pages: a copy on the heap would be private to this process.
+                    with mmap.mmap(fd, size_bytes) as pages, memoryview(pages) as view:
+                        self.transport.read_into(address, target, 0, size_bytes, view, is_hasty=is_hasty)
+                    return address
+                except (Unavailable, Overloaded) as error:
+                    failure = error
         raise ClusterUnavailable(f"nobody gives snapshot {digest}: {failure}") from failure
 
     def placement(self, snapshot: Snapshot, replicas: int) -> Placement:

@@ -34,6 +34,9 @@ class DatasetRecord:
         snapshots: digests still served, newest first.
         objects, total_bytes: of the newest snapshot.
         adhoc: made by a read of ``shoal::URL`` rather than by ``shoal dataset add``.
+        pinned: its shards are never dropped to make room.
+        quota_bytes: the share of the cluster's cache that is kept for it; 0: none.
+        direct: clients with credentials of their own may read the origin where no node answers.
     """
 
     name: str
@@ -46,23 +49,29 @@ class DatasetRecord:
     objects: int
     total_bytes: int
     adhoc: bool = False
+    pinned: bool = False
+    quota_bytes: int = 0
+    direct: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> DatasetRecord:
-        """Build a record from parsed JSON; unknown fields are a newer version's and are ignored.
+        """Build a record from parsed JSON.
+
+        Fields that are not known are a newer version's and are ignored; policies that are missing were not known to an
+        older one and get their defaults.
 
         Raises:
-            InvalidRequest: a field is missing.
+            InvalidRequest: `raw` is no record, or a field without a default is missing.
         """
         try:
-            known = {f.name: raw[f.name] for f in dataclasses.fields(cls)}
+            known = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
+            known["snapshots"] = tuple(known["snapshots"])
+            return cls(**known)
         except (KeyError, TypeError) as error:
             raise InvalidRequest(f"not a dataset record: {error!r}") from error
-        known["snapshots"] = tuple(known["snapshots"])
-        return cls(**known)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> DatasetRecord:

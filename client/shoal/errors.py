@@ -57,6 +57,10 @@ class Overloaded(ShoalError):
     """The node has no room for the request now: wait and retry."""
 
 
+class DeadlineExceeded(ShoalError, TimeoutError):
+    """The read took longer than its ``timeout``: raise that storage option, or find out what is slow."""
+
+
 class ShardCorrupt(ShoalError):
     """Bytes do not match their checksum: drop them and fetch again."""
 
@@ -66,7 +70,17 @@ class OriginError(ShoalError, OSError):
 
 
 class OriginUnavailable(OriginError):
-    """The origin does not answer, or fails for now: retried already, so try later."""
+    """The origin does not answer, or fails for now: retried already, so try later.
+
+    Attributes:
+        is_busy: it asks for fewer requests, or answers none: whoever asks it should ask less at a time.
+        retry_after_s: what it asks to wait before the next; 0 where it says nothing.
+    """
+
+    def __init__(self, sentence: str = "", *, is_busy: bool = False, retry_after_s: float = 0.0) -> None:
+        super().__init__(sentence)
+        self.is_busy = is_busy
+        self.retry_after_s = retry_after_s
 
 
 class OriginDenied(OriginError, PermissionError):

@@ -12,6 +12,7 @@ The rule: names are answered from the mapped snapshot; no listing costs a reques
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,16 +27,23 @@ from shoal import arrow, datasets, ranges
 from shoal import cluster as cluster_module
 from shoal.cluster import Cluster
 from shoal.datasets import DatasetRecord
+from shoal.direct import DirectOrigin
 from shoal.errors import InvalidRequest, NotFound, ReadOnly, ShoalError, SnapshotNotFound
 from shoal.file import ShoalFile
 from shoal.origin import urls
 from shoal.ranges import Range
-from shoal.reader import ObjectReader
+from shoal.reader import TIMEOUT_S, ObjectReader
 from shoal.snapshot import Snapshot
 
 _MAGIC = re.compile(r"[*?\[]")
 #: Paths whose look-up is remembered, so that opening one again costs a dictionary look-up.
 READERS_KEPT = 1 << 16
+
+#: What fsspec itself takes of any file system.
+_FSSPEC_OPTIONS = {
+    *("skip_instance_cache", "use_listings_cache", "listings_expiry_time", "max_paths"),
+    *("asynchronous", "loop", "batch_size"),
+}
 
 
 class Pinned:
@@ -61,10 +69,14 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
             node's socket.
         socket: of the local node; default ``SHOAL_SOCKET``, then ``/run/shoal/node.sock`` where that exists.
         local: False reads over the network even from the node on this machine.
+        timeout: seconds that one read may take, all second tries included.
+        origin: storage options with which this process may read the origins of datasets that are ``direct``, when no
+            cache node answers; for ``shoal::URL`` they are that URL's own. None: it never does.
         verify: False leaves it to the nodes to check parts, instead of comparing the checksum of each part that comes.
         target_protocol, target_options, fo: set by fsspec for ``shoal::URL``.
 
     Raises:
+        shoal.errors.InvalidRequest: `timeout` or `origin` is none, or there is no such option.
         shoal.errors.ClusterUnavailable: nothing answers. At the first use, not here.
     """
 
@@ -78,18 +90,30 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         socket: str | None = None,
         local: bool = True,
         verify: bool = True,
+        timeout: float = TIMEOUT_S,
+        origin: Mapping[str, Any] | None = None,
         target_protocol: str | None = None,
         target_options: Mapping[str, Any] | None = None,
         fo: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if unknown := sorted(kwargs.keys() - _FSSPEC_OPTIONS):
+            # fsspec would pass over them, and a misspelt `verify` is a check that somebody believes is off, or on.
+            raise InvalidRequest(f"shoal has no storage option {', '.join(map(repr, unknown))}: check the spelling")
         self._endpoint = endpoint
         self._socket = socket
         self._use_local = local
         self._verify = verify
         self._target_protocol = target_protocol
         self._target_options = dict(target_options or {})
+        self._timeout_s = _check_timeout(timeout)
+        if origin is not None and not isinstance(origin, Mapping):
+            raise InvalidRequest(
+                f"the storage option 'origin' is a {type(origin).__name__}: write a dictionary of the origin's"
+            )
+        self._origin_options = self._target_options if target_protocol is not None else origin
+        self._directs: dict[str, DirectOrigin] = {}
         self._pins: dict[str, Pinned] = {}
         self._promised: dict[str, str] = {}  # root to digest: pins of what this was pickled from
         self._readers: dict[str, ObjectReader] = {}
@@ -281,12 +305,31 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         reader = self._readers.get(path)
         if reader is None:
             pinned, row = self._row(path)
-            reader = ObjectReader(self.cluster, pinned.snapshot, pinned.record.replicas, row, verify=self._verify)
+            reader = ObjectReader(
+                self.cluster,
+                pinned.snapshot,
+                pinned.record.replicas,
+                row,
+                verify=self._verify,
+                timeout_s=self._timeout_s,
+                direct=self._direct(pinned.record),
+            )
             # Good for ever, because the snapshot is pinned. Threads may race: what they make is alike.
             if len(self._readers) >= READERS_KEPT:
                 self._readers.clear()
             self._readers[path] = reader
         return reader
+
+    def _direct(self, record: DatasetRecord) -> DirectOrigin | None:
+        if not record.direct or self._origin_options is None:
+            return None
+        known = self._directs.get(record.name)
+        return known or self._directs.setdefault(record.name, DirectOrigin(record, self._origin_options))
+
+    @property
+    def direct_bytes(self) -> int:
+        """Bytes that this file system read from origins itself, because no cache node answered."""
+        return sum(direct.bytes_read for direct in self._directs.values())
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> ShoalFile:
         if mode not in ("rb", "r"):
@@ -363,7 +406,8 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
             else:
                 numbers.append(number)
                 wanted.append(Range(reader, *_positions(start, end, reader.size_bytes)))
-        for number, result in zip(numbers, ranges.read_many(self.cluster, wanted, verify=self._verify), strict=True):
+        results = ranges.read_many(self.cluster, wanted, verify=self._verify, timeout_s=self._timeout_s)
+        for number, result in zip(numbers, results, strict=True):
             found[number] = result
         if on_error != "return":
             for result in found:
@@ -439,6 +483,12 @@ def _choose_snapshot(record: DatasetRecord, wanted: str) -> str:
     served = ", ".join(digest[:8] for digest in record.snapshots)
     reason = "is not one of its snapshots" if not matches else "is the beginning of several of its snapshots"
     raise SnapshotNotFound(f"{record.name}@{wanted}: {wanted} {reason} ({served}); open {record.name} without '@'")
+
+
+def _check_timeout(timeout: Any) -> float:
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
+        raise InvalidRequest(f"the storage option 'timeout' is {timeout!r}: write seconds, a number above 0")
+    return float(timeout)
 
 
 def _positions(start: int | None, end: int | None, size_bytes: int) -> tuple[int, int]:

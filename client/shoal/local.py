@@ -54,7 +54,7 @@ class LocalNode:
         if not Path(path).exists():
             return None
         try:
-            answer = transport.get(f"unix:{path}", "/v1/cluster")
+            answer = transport.get(f"unix:{path}", "/v1/cluster", is_hasty=True)
             return cls(transport, path, json.loads(answer.body))
         except (ShoalError, ValueError, KeyError) as error:
             log.info("no cache node answers on %s, reading over the network: %s", path, error)
@@ -84,7 +84,8 @@ class LocalNode:
     def snapshot(self, digest: str) -> Snapshot | None:
         """The snapshot, mapped from the node's own file; None where the node cannot give it."""
         try:
-            answer = self._transport.get(self.address, f"/v1/snapshots/{digest}", {"Shoal-Descriptor": "1"})
+            target, headers = f"/v1/snapshots/{digest}", {"Shoal-Descriptor": "1"}
+            answer = self._transport.get(self.address, target, headers, is_hasty=True)
         except ShoalError as error:
             log.info("the local node did not give snapshot %s: %s", digest, error)
             return None

@@ -9,6 +9,9 @@ buffer sliced from it, stays valid and unchanged as long as somebody holds it, e
 was killed, or was removed. The drive's bytes come free when the last holder lets go. This cache holds the most recent
 `MAX_MAPS`; dropping one here takes nothing from a reader that still has its buffer.
 
+Reads through maps send no requests, and a node takes a dataset that nobody asks for as idle. So an entry is found for
+`RENEW_S` only: the read after that asks the node again, which costs a request each ten minutes and shard.
+
 The rule: an entry is a whole sealed shard, or it is not here.
 """
 
@@ -19,12 +22,16 @@ import errno
 import mmap
 import os
 import threading
+import time
 from collections import OrderedDict
 
 import pyarrow as pa
 
 #: Maps kept by a process; with 256 MiB each, 256 GiB of its 128 TiB of addresses.
 MAX_MAPS = 1024
+
+#: How long an entry is found before the node is asked again; well below the hour after which a dataset is idle.
+RENEW_S = 600.0
 
 #: A shard is worth a map from this size on: smaller ones are batched, and their descriptors do not go along.
 MAP_FROM = 1 << 20
@@ -38,7 +45,7 @@ class Maps:
 
     def __init__(self, limit: int = MAX_MAPS) -> None:
         self._limit = limit
-        self._maps: OrderedDict[ShardId, pa.Buffer] = OrderedDict()
+        self._maps: OrderedDict[ShardId, tuple[pa.Buffer, float]] = OrderedDict()  # and when each is to be renewed
         self.reset_lock()
 
     def reset_lock(self) -> None:
@@ -49,11 +56,16 @@ class Maps:
         return len(self._maps)
 
     def get(self, shard: ShardId) -> pa.Buffer | None:
-        """The whole shard if it is mapped."""
+        """The whole shard if it is mapped, and not to be asked for again."""
         with self._lock:
-            buffer = self._maps.get(shard)
-            if buffer is not None:
-                self._maps.move_to_end(shard)
+            found = self._maps.get(shard)
+            if found is None:
+                return None
+            buffer, until = found
+            if time.monotonic() >= until:
+                del self._maps[shard]
+                return None
+            self._maps.move_to_end(shard)
             return buffer
 
     def add(self, shard: ShardId, descriptor: int, length: int) -> pa.Buffer:
@@ -64,7 +76,8 @@ class Maps:
         """
         buffer = _map(descriptor, length)
         with self._lock:
-            kept = self._maps.setdefault(shard, buffer)  # another thread may have been faster: share its map
+            # Another thread may have been faster: share its map.
+            kept, _ = self._maps.setdefault(shard, (buffer, time.monotonic() + RENEW_S))
             self._maps.move_to_end(shard)
             while len(self._maps) > self._limit:
                 self._maps.popitem(last=False)

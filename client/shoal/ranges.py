@@ -1,8 +1,9 @@
 """Many ranges of many objects in few requests: one a shard's first owner, as long as it stays within a batch.
 
     1. mapped     a range of a shard that this process has mapped is cut from the map
-    2. batched    short ranges of other shards, by first owner (`shoal.wire.batch`)
-    3. ordinary   long ranges, those of large shards of the local node (which get a map by it), and whatever a batch
+    2. batched    short ranges of other shards, by first owner that answers (`shoal.wire.batch`); those of a node that
+                  failed are batched anew for the next owners, a few times
+    3. ordinary   long ranges, those of large shards of the local node (which get a map by it), and whatever batches
                   failed to bring: a read each, with failover
 
 The rule: a batch is only a faster way. Whatever goes wrong in one is left to ordinary reads, whose errors are told.
@@ -10,14 +11,16 @@ The rule: a batch is only a faster way. Whatever goes wrong in one is left to or
 
 from __future__ import annotations
 
+import itertools
 import logging
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shoal import memory, shard_client
-from shoal.errors import ShoalError
+from shoal.errors import Overloaded, ShoalError, Unavailable
 from shoal.maps import MAP_FROM
 from shoal.parallel import run_parallel
 from shoal.shards import Piece
@@ -42,6 +45,10 @@ class Range:
     end: int
 
 
+#: How often ranges are batched: once, and again where a node failed.
+ROUNDS = 3
+
+
 @dataclass(frozen=True, slots=True)
 class _Batch:
     address: str
@@ -50,32 +57,32 @@ class _Batch:
     wanted: list[ShardRange]
 
 
-def read_many(cluster: Cluster, wanted: Sequence[Range], *, verify: bool) -> list[bytes | ShoalError]:
-    """The bytes of each range, or the error that reading it raised."""
+def read_many(cluster: Cluster, wanted: Sequence[Range], *, verify: bool, timeout_s: float) -> list[bytes | ShoalError]:
+    """The bytes of each range, or the error that reading it raised; all of them within `timeout_s`."""
+    until = time.monotonic() + timeout_s
     found: list[bytes | ShoalError | None] = [None] * len(wanted)
-    by_owner: dict[tuple[str, str], list[tuple[int, Piece]]] = defaultdict(list)
     ordinary: list[int] = []
-    for number, each in enumerate(wanted):
-        pieces = each.reader.pieces(each.start, each.end)
-        mapped = each.reader.mapped(pieces[0]) if len(pieces) == 1 else None
-        if mapped is not None:
-            found[number] = memory.to_bytes(mapped)
-            continue
-        owner = _batch_owner(cluster, each, pieces)
-        if owner is None:
-            ordinary.append(number)
-        else:
-            by_owner[owner].append((number, pieces[0]))
+    failed: set[str] = set()
 
     def read_batch(one: _Batch) -> list[int]:
-        """Read one batch; returns the numbers of the ranges that it left out."""
+        """Read one batch; returns the numbers of the ranges that may be batched again."""
         try:
             buffer, epoch = shard_client.read_batch(
-                cluster.transport, one.address, one.digest, one.wanted, verify=verify
+                cluster.transport,
+                one.address,
+                one.digest,
+                one.wanted,
+                verify=verify,
+                headers=cluster.avoiding(one.address) | shard_client.time_left(until),
+                until=until,
             )
         except ShoalError as error:
-            log.info("a batch of %d ranges failed, reading them one by one: %s", len(one.wanted), error)
-            return one.numbers
+            log.info("a batch of %d ranges failed: %s", len(one.wanted), error)
+            if isinstance(error, Unavailable | Overloaded):
+                failed.add(one.address)
+                return one.numbers
+            ordinary.extend(one.numbers)
+            return []
         cluster.note_epoch(epoch)
         _take_apart(buffer, one, found)
         return []
@@ -83,23 +90,41 @@ def read_many(cluster: Cluster, wanted: Sequence[Range], *, verify: bool) -> lis
     def read_one(number: int) -> None:
         each = wanted[number]
         try:
-            found[number] = each.reader.read_bytes(each.start, each.end)
+            found[number] = each.reader.read_bytes(each.start, each.end, until)
         except ShoalError as error:
             found[number] = error
 
-    batches = [one for owner, ranges in by_owner.items() for one in _batches(owner, ranges, wanted)]
-    for left_out in run_parallel(read_batch, batches):
-        ordinary += left_out
-    run_parallel(read_one, ordinary)
+    left: Sequence[int] = range(len(wanted))
+    for _ in range(ROUNDS):
+        by_owner: dict[tuple[str, str], list[tuple[int, Piece]]] = defaultdict(list)
+        for number in left:
+            each = wanted[number]
+            pieces = each.reader.pieces(each.start, each.end)
+            mapped = each.reader.mapped(pieces[0]) if len(pieces) == 1 else None
+            if mapped is not None:
+                found[number] = memory.to_bytes(mapped)
+                continue
+            owner = _batch_owner(cluster, each, pieces, failed)
+            if owner is None:
+                ordinary.append(number)
+            else:
+                by_owner[owner].append((number, pieces[0]))
+        batches = [one for owner, ranges in by_owner.items() for one in _batches(owner, ranges, wanted)]
+        left = list(itertools.chain.from_iterable(run_parallel(read_batch, batches)))
+        if not left:
+            break
+    run_parallel(read_one, [*ordinary, *left])
     return [each for each in found if each is not None]
 
 
-def _batch_owner(cluster: Cluster, each: Range, pieces: Sequence[Piece]) -> tuple[str, str] | None:
+def _batch_owner(
+    cluster: Cluster, each: Range, pieces: Sequence[Piece], failed: Collection[str]
+) -> tuple[str, str] | None:
     """Address and snapshot of the batch that a range goes into; None where it is read by itself."""
     if len(pieces) != 1 or each.end - each.start > batch.MAX_RANGE_BYTES:
         return None
     try:
-        node = each.reader.first_owner(pieces[0].index)
+        node = each.reader.first_owner(pieces[0].index, failed)
     except ShoalError:
         return None  # the ordinary read has the sentence for it
     shard, local = each.reader.shard(pieces[0].index), cluster.local

@@ -4,7 +4,8 @@
     2. local      a shard of the node on this machine: its descriptor, mapped; nothing is copied. One that is still
                   filling is streamed in the same request, and mapped at a later read
     3. remote     each piece from its first owner, straight into the caller's buffer, its parts checked as they come
-    4. failover   the next owner, then any node, for the bytes that are still missing
+    4. failover   the next owner, then any node, for the bytes that are still missing (`shoal.failover`); at last the
+                  origin itself, where the dataset and the caller allow it (`shoal.direct`)
 
 The rule: the bytes are right or there is an error. A piece that failed half-way goes on at the byte it reached.
 """
@@ -14,16 +15,24 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Collection, Iterable, Iterator
 
 import pyarrow as pa
+import tenacity
 
-from shoal import memory, shard_client, shards, transport
+from shoal import memory, shards
 from shoal.cluster import Cluster
 from shoal.cluster_map import Node
-from shoal.connection import DescriptorsLost, Interrupted
-from shoal.errors import NodeUnavailable, ShardCorrupt, ShoalError
-from shoal.local import TAKES_DESCRIPTORS
+from shoal.direct import DirectOrigin
+from shoal.errors import (
+    ClusterUnavailable,
+    DeadlineExceeded,
+    NodeUnavailable,
+    Overloaded,
+    Unavailable,
+)
+from shoal.failover import PieceRead, Target
 from shoal.parallel import run_parallel
 from shoal.shard_client import ShardAt
 from shoal.shards import PART_SIZE, Piece
@@ -37,17 +46,48 @@ STREAM_BYTES = 4 * PART_SIZE
 MAX_STREAMS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
 
+#: Seconds that a read may take in all, unless the storage option ``timeout`` says otherwise.
+TIMEOUT_S = 300.0
+
+
 class ObjectReader:
     """Reads of one object of one snapshot. Never changes: threads may share it.
+
+    Args:
+        timeout_s: of one read, all failures and second tries included.
+        direct: the dataset's origin, where this process may read it when no node answers.
 
     Attributes:
         row: of the object in the snapshot.
         size_bytes: of the object.
     """
 
-    __slots__ = ("_cluster", "_first_shard", "_replicas", "_shard_size", "_snapshot", "_verify", "row", "size_bytes")
+    __slots__ = (
+        "_cluster",
+        "_direct",
+        "_first_shard",
+        "_replicas",
+        "_shard_size",
+        "_snapshot",
+        "_verify",
+        "row",
+        "size_bytes",
+        "timeout_s",
+    )
 
-    def __init__(self, cluster: Cluster, snapshot: Snapshot, replicas: int, row: int, *, verify: bool) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        snapshot: Snapshot,
+        replicas: int,
+        row: int,
+        *,
+        verify: bool,
+        timeout_s: float = TIMEOUT_S,
+        direct: DirectOrigin | None = None,
+    ) -> None:
+        self.timeout_s = timeout_s
+        self._direct = direct
         self.row = row
         self.size_bytes = snapshot.size(row)
         self._cluster, self._snapshot, self._replicas, self._verify = cluster, snapshot, replicas, verify
@@ -68,21 +108,27 @@ class ObjectReader:
         if len(pieces) == 1:
             return self._read_piece(pieces[0])
         buffer = memory.allocate(end - start)
-        self._gather(pieces, memory.view(buffer))
+        self._gather(pieces, memory.view(buffer), time.monotonic() + self.timeout_s)
         return buffer
 
     def buffers(self) -> list[pa.Buffer]:
         """The whole object as one buffer a shard, each as `read_buffer` gives it. Raises as `read_buffer`."""
-        return run_parallel(self._read_piece, self.pieces(0, self.size_bytes))
+        until = time.monotonic() + self.timeout_s
+        return run_parallel(lambda piece: self._read_piece(piece, until), self.pieces(0, self.size_bytes))
 
-    def read_bytes(self, start: int, end: int) -> bytes:
-        """Bytes [start, end), cut at the object's end, as `bytes`: received or copied once. Raises as `read_buffer`."""
+    def read_bytes(self, start: int, end: int, until: float | None = None) -> bytes:
+        """Bytes [start, end), cut at the object's end, as `bytes`: received or copied once. Raises as `read_buffer`.
+
+        Args:
+            until: `time.monotonic` at which the caller's time is over, where that is not `timeout_s` from now.
+        """
         start, end = self._clip(start, end)
         pieces = self.pieces(start, end)
         mapped = self.mapped(pieces[0]) if len(pieces) == 1 else None
         if mapped is not None:
             return memory.to_bytes(mapped)
-        return memory.make_bytes(end - start, lambda view: self._gather(pieces, view))
+        limit = time.monotonic() + self.timeout_s if until is None else until
+        return memory.make_bytes(end - start, lambda view: self._gather(pieces, view, limit))
 
     def read_into(self, start: int, end: int, view: memoryview) -> int:
         """Receive bytes [start, end), cut at the object's end, into the beginning of `view`; return how many.
@@ -91,7 +137,7 @@ class ObjectReader:
             ShoalError: see `shoal.errors`.
         """
         start, end = self._clip(start, min(end, start + len(view)))
-        self._gather(self.pieces(start, end), view[: end - start])
+        self._gather(self.pieces(start, end), view[: end - start], time.monotonic() + self.timeout_s)
         return end - start
 
     def pieces(self, start: int, end: int) -> list[Piece]:
@@ -109,8 +155,18 @@ class ObjectReader:
         length = shards.shard_length(self.size_bytes, self._shard_size, index)
         return ShardAt(self._snapshot.digest, self.row, index, length)
 
-    def first_owner(self, index: int) -> Node:
-        """The node that a shard is asked of first, unless another owner is nearer. Raises ClusterUnavailable."""
+    def first_owner(self, index: int, failed: Collection[str] = ()) -> Node:
+        """The node that a shard is asked of first, unless another owner is nearer.
+
+        Args:
+            failed: addresses that are passed over where there are others.
+
+        Raises:
+            ClusterUnavailable: no node may own the shard.
+        """
+        if failed or self._cluster.transport.health.circuits:
+            nodes = list(self.candidates(index))
+            return next((node for node in nodes if self._cluster.address_of(node) not in failed), nodes[0])
         placement = self._cluster.placement(self._snapshot, self._replicas)
         return placement.first(self._first_shard + index, self._key(index))
 
@@ -121,48 +177,102 @@ class ObjectReader:
     def _key(self, index: int) -> shards.Key:
         return shards.shard_key(self._snapshot.key(self.row), index)
 
-    def _read_piece(self, piece: Piece) -> pa.Buffer:
+    def _read_piece(self, piece: Piece, until: float | None = None) -> pa.Buffer:
         mapped = self.mapped(piece)
         if mapped is not None:
             return mapped
-        target = _Target(piece.end - piece.start)
-        whole = self._fetch(piece, target)
+        target = Target(piece.end - piece.start)
+        whole = self._fetch(piece, target, time.monotonic() + self.timeout_s if until is None else until)
         return target.buffer if whole is None else _slice(whole, piece)
 
-    def _gather(self, pieces: list[Piece], view: memoryview) -> None:
+    def _gather(self, pieces: list[Piece], view: memoryview, until: float) -> None:
         jobs = []
         offset = 0
         for piece in pieces:
             length = piece.end - piece.start
             jobs.append((piece, view[offset : offset + length]))
             offset += length
-        run_parallel(lambda job: self._fill(*job), jobs)
+        run_parallel(lambda job: self._fill(*job, until), jobs)
 
-    def _fill(self, piece: Piece, view: memoryview) -> None:
+    def _fill(self, piece: Piece, view: memoryview, until: float) -> None:
         mapped = self.mapped(piece)
         if mapped is None:
-            whole = self._fetch(piece, _Target(len(view), view))
+            whole = self._fetch(piece, Target(len(view), view), until)
             if whole is None:
                 return
             mapped = _slice(whole, piece)
         memory.copy(mapped, view)
 
-    def _fetch(self, piece: Piece, target: _Target) -> pa.Buffer | None:
+    def _fetch(self, piece: Piece, target: Target, until: float) -> pa.Buffer | None:
         """Receive `piece` into `target`; or the whole shard, mapped, where the local node passed its descriptor."""
-        cuts = self._cuts(piece)
+        try:
+            cuts = self._cuts(piece)
+        except Unavailable:
+            cuts = [piece]  # nobody is up: said, or helped, below
         if len(cuts) == 1:
-            return self._from_nodes(piece, target)
+            return self._receive(piece, target, until)
 
         def fetch(cut: Piece) -> None:
             part = target.part(cut.start - piece.start, cut.end - piece.start)
             view = part.view()  # all of it: later it is what is missing
-            whole = self._from_nodes(cut, part)
+            whole = self._receive(cut, part, until)
             if whole is not None:  # the local node stood in for the owner
                 memory.copy(_slice(whole, cut), view)
 
         target.view()  # allocated here: the threads share it
         run_parallel(fetch, cuts)
         return None
+
+    def _receive(self, piece: Piece, target: Target, until: float) -> pa.Buffer | None:
+        """As `_fetch`, over one connection at a time.
+
+        Raises:
+            ShoalError: nobody gives the bytes, or a failure that another node would repeat.
+        """
+        shard = self.shard(piece.index)
+        read = PieceRead(self._cluster, shard, piece, target, self.candidates, until, self._verify)
+        try:
+            return self._unless_overloaded(read, until)
+        except DeadlineExceeded as error:
+            raise self._too_late(error) from error
+        except Unavailable as error:
+            failure = error
+        path = self._snapshot.path(self.row)
+        if self._direct is not None:
+            offset = piece.index * self._shard_size + piece.start + target.done
+            self._direct.read_into(path, self._snapshot.version(self.row), offset, target.view(), failure)
+            return None
+        try:
+            return read.from_late()
+        except DeadlineExceeded as error:
+            raise self._too_late(error) from error
+        except ClusterUnavailable:
+            raise
+        except Unavailable:
+            raise NodeUnavailable(
+                f"no cache node gave bytes of {path!r}, {failure}; 'shoal status' says which nodes are up, and a "
+                "dataset that is --direct can be read without any"
+            ) from failure
+
+    def _unless_overloaded(self, read: PieceRead, until: float) -> pa.Buffer | None:
+        """As `PieceRead.from_nodes`; where all nodes say that they are overloaded, again and ever more seldom."""
+        attempts = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Overloaded),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+            stop=tenacity.stop_before_delay(until - time.monotonic()),
+            reraise=True,
+        )
+        try:
+            return read.from_nodes()  # mostly the end of it, and a retry loop costs more than a small read
+        except Overloaded as error:
+            log.info("all nodes are overloaded, asking again: %s", error)
+        return attempts(read.from_nodes)
+
+    def _too_late(self, error: DeadlineExceeded) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"{self._snapshot.path(self.row)!r} was not read within {self.timeout_s:g} s: {error}; raise the storage "
+            "option 'timeout', or see 'shoal status' for what is slow"
+        )
 
     def _cuts(self, piece: Piece) -> list[Piece]:
         """`piece`, cut for several connections where it is long and comes from another node."""
@@ -178,8 +288,17 @@ class ObjectReader:
         placement = self._cluster.placement(self._snapshot, self._replicas)
         return placement.order(self._first_shard + index, self._key(index))[: placement.replicas]
 
-    def _candidates(self, index: int) -> Iterator[Node]:
-        """Whom to ask, in order: the owners, the local node first of them, then everybody else by preference."""
+    def candidates(self, index: int) -> Iterable[Node]:
+        """Whom to ask for shard `index`, in order: its owners, the local node first of them, then all others.
+
+        Those that do not answer this process (`shoal.health`) come last. Raises ClusterUnavailable.
+        """
+        health = self._cluster.transport.health
+        if not health.circuits:
+            return self._preferred(index)
+        return sorted(self._preferred(index), key=lambda node: health.is_open(self._cluster.address_of(node)))
+
+    def _preferred(self, index: int) -> Iterator[Node]:
         placement = self._cluster.placement(self._snapshot, self._replicas)
         ordinal, key = self._first_shard + index, self._key(index)
         local = self._cluster.local
@@ -191,101 +310,6 @@ class ObjectReader:
         order = placement.order(ordinal, key)
         yield from sorted(order[: placement.replicas], key=lambda node: node.id != local.node_id)
         yield from order[placement.replicas :]
-
-    def _from_nodes(self, piece: Piece, target: _Target) -> pa.Buffer | None:
-        """As `_fetch`, over one connection at a time, with failover.
-
-        Raises:
-            ShoalError: nobody gives the bytes, or a failure that another node would repeat.
-        """
-        shard = self.shard(piece.index)
-        asked, epoch = 0, -1
-        failure: ShoalError | None = None
-        # Everybody in the map may have failed because a newer map names others; that is worth one more round.
-        while failure is None or self._cluster.newer_map(epoch):
-            epoch = self._cluster.map.epoch
-            for node in self._candidates(piece.index):
-                asked += 1
-                try:
-                    return self._from_node_or_healed(node, shard, piece, target)
-                except Interrupted as error:
-                    target.done += error.received
-                    failure = failure if isinstance(failure, ShardCorrupt) else error
-                except ShoalError as error:
-                    if not transport.is_worth_another_node(error):
-                        raise
-                    failure = failure if isinstance(failure, ShardCorrupt) else error
-                log.info("node %s failed, asking the next: %s", node.id, failure)
-        if not isinstance(failure, NodeUnavailable):
-            raise failure
-        path = self._snapshot.path(self.row)
-        raise NodeUnavailable(f"no cache node gave bytes of {path!r}, {asked} were asked: {failure}") from failure
-
-    def _from_node_or_healed(self, node: Node, shard: ShardAt, piece: Piece, target: _Target) -> pa.Buffer | None:
-        """From `node`; once more where its copy is bad, which it then drops and fetches anew."""
-        try:
-            return self._from_node(node, shard, piece, target, {})
-        except ShardCorrupt as error:
-            log.warning("node %s sent damaged bytes, asking it to check its copy: %s", node.id, error)
-            return self._from_node(node, shard, piece, target, shard_client.SUSPECT)
-
-    def _from_node(
-        self, node: Node, shard: ShardAt, piece: Piece, target: _Target, headers: Mapping[str, str]
-    ) -> pa.Buffer | None:
-        local = self._cluster.local
-        if local is None or node.id != local.node_id:
-            local = None
-        is_mappable = local is not None
-        while True:
-            try:
-                answer = shard_client.read(
-                    self._cluster.transport,
-                    node.address if local is None else local.address,
-                    shard,
-                    piece.start + target.done,
-                    piece.end,
-                    target.view,
-                    verify=self._verify,
-                    headers={**headers, **TAKES_DESCRIPTORS} if is_mappable else headers,
-                )
-            except DescriptorsLost:
-                is_mappable = False
-                continue
-            self._cluster.note_epoch(answer.epoch)
-            if not answer.descriptors or local is None:
-                return None
-            whole = local.adopt(shard.id, answer)
-            if whole is not None:
-                return whole
-            is_mappable = False
-
-
-class _Target:
-    """Where a piece is received: `view` is what is still missing of it, allocated when bytes come."""
-
-    __slots__ = ("_buffer", "_length", "_view", "done")
-
-    def __init__(self, length: int, view: memoryview | None = None) -> None:
-        self._length = length
-        self._view = view
-        self._buffer: pa.Buffer | None = None
-        self.done = 0
-
-    @property
-    def buffer(self) -> pa.Buffer:
-        """The buffer of all that came, where no view was given. Valid as long as it is held."""
-        assert self._buffer is not None, "nothing came"
-        return self._buffer
-
-    def view(self) -> memoryview:
-        if self._view is None:
-            self._buffer = memory.allocate(self._length)
-            self._view = memory.view(self._buffer)
-        return self._view[self.done :]
-
-    def part(self, start: int, end: int) -> _Target:
-        """A target over bytes [start, end) of this one."""
-        return _Target(end - start, self.view()[start:end])
 
 
 def _slice(whole: pa.Buffer, piece: Piece) -> pa.Buffer:

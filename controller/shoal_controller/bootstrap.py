@@ -46,7 +46,7 @@ class ControllerView:
     async def resolve(self, url: str, endpoint: str) -> tuple[DatasetRecord, str] | None:
         return await self._catalog.resolve(url, endpoint)
 
-    async def snapshot_path(self, digest: str) -> Path:
+    async def snapshot_path(self, digest: str, *, may_fetch: bool) -> Path:
         path = self._shell.record.snapshot_path(digest)
         served = any(digest in dataset.digests for dataset in self._shell.state.datasets.values())
         if not served or not path.exists():
@@ -54,6 +54,9 @@ class ControllerView:
                 f"the controller has no snapshot {digest}: its dataset was refreshed or removed; open it without '@'"
             )
         return path
+
+    def stalled(self) -> str | None:
+        return None
 
     def ready(self) -> str | None:
         return None if self.grpc_address else "the controller does not take calls yet"

@@ -22,8 +22,8 @@ from shoal import datasets, origin, shards, sizes
 from shoal.datasets import DatasetRecord
 from shoal.errors import AlreadyExists, DatasetNotFound, InvalidRequest
 from shoal_controller import core
-from shoal_controller.events import DatasetAdded, DatasetRefreshed, DatasetRemoved
-from shoal_controller.model import MAX_REPLICAS, Dataset, SnapshotInfo
+from shoal_controller.events import DatasetAdded, DatasetRefreshed, DatasetRemoved, PolicyChanged
+from shoal_controller.model import MAX_NUMBER, MAX_REPLICAS, Dataset, PolicyChange, SnapshotInfo
 from shoal_controller.shell import Shell
 
 T = TypeVar("T")
@@ -44,6 +44,9 @@ class Definition:
     replicas: int = 1
     storage_options: str = "{}"
     is_adhoc: bool = False
+    is_pinned: bool = False
+    quota_bytes: int = 0
+    is_direct: bool = False
 
     def check(self) -> None:
         """Raises InvalidRequest where no dataset can be so."""
@@ -55,8 +58,15 @@ class Definition:
                 f"a shard size of {self.shard_size} bytes cannot be: use a multiple of 4 KiB between "
                 f"{sizes.format(shards.MIN_SHARD_SIZE)} and {sizes.format(shards.MAX_SHARD_SIZE)}"
             )
-        if not 1 <= self.replicas <= MAX_REPLICAS:
-            raise InvalidRequest(f"{self.replicas} replicas cannot be: use 1 to {MAX_REPLICAS}")
+        check_policy(PolicyChange(replicas=self.replicas, quota_bytes=self.quota_bytes))
+
+
+def check_policy(change: PolicyChange) -> None:
+    """Raises InvalidRequest where no dataset can be kept so."""
+    if change.replicas is not None and not 1 <= change.replicas <= MAX_REPLICAS:
+        raise InvalidRequest(f"{change.replicas} replicas cannot be: use 1 to {MAX_REPLICAS}")
+    if change.quota_bytes is not None and not 0 <= change.quota_bytes <= MAX_NUMBER:
+        raise InvalidRequest(f"a quota of {change.quota_bytes} bytes cannot be: use 0 (none) to {MAX_NUMBER}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +169,17 @@ class Catalog:
         task = self._running.get(name) or self._claim(name, self._refresh(dataset))
         return await asyncio.shield(task)
 
+    async def change(self, name: str, change: PolicyChange) -> Dataset:
+        """Change a dataset's policy; its snapshots stay.
+
+        Raises:
+            DatasetNotFound: there is no such dataset.
+            InvalidRequest: no dataset can be kept so.
+        """
+        check_policy(change)
+        state = await self._shell.apply(PolicyChanged(name, change))
+        return core.find(state.datasets, name)
+
     async def remove(self, name: str) -> None:
         """Forget a dataset. Raises DatasetNotFound."""
         await self._shell.apply(DatasetRemoved(name))
@@ -223,6 +244,9 @@ class Catalog:
                 created_utc_s=now.utc_s,
                 refreshed_utc_s=now.utc_s,
                 is_adhoc=wanted.is_adhoc,
+                is_pinned=wanted.is_pinned,
+                quota_bytes=wanted.quota_bytes,
+                is_direct=wanted.is_direct,
             )
             await self._shell.apply(DatasetAdded(dataset), staged=listing.path)
             return dataset

@@ -1,4 +1,4 @@
-"""The Control service: what people and tools ask (``shoal dataset``, ``shoal prefetch``, ``shoal status``).
+"""The Control service: what people and tools ask (``shoal dataset``, ``prefetch``, ``node``, ``status``).
 
 The rule: an answer tells what is in the record.
 """
@@ -20,7 +20,7 @@ from shoal.wire import shoal_pb2 as pb
 from shoal.wire.shoal_pb2_grpc import ControlServicer
 from shoal_controller import core, messages
 from shoal_controller.catalog import Catalog, Definition
-from shoal_controller.events import PrefetchCancelled, PrefetchRequested
+from shoal_controller.events import DrainRequested, PrefetchCancelled, PrefetchRequested, UndrainRequested
 from shoal_controller.model import Dataset, Job, JobState
 from shoal_controller.shell import Shell
 
@@ -45,6 +45,9 @@ class Control(ControlServicer):
             shard_size=request.shard_size or shards.DEFAULT_SHARD_SIZE,
             replicas=request.replicas or 1,
             storage_options=request.storage_options or "{}",
+            is_pinned=request.pinned,
+            quota_bytes=request.quota_bytes,
+            is_direct=request.direct,
         )
         dataset = await self._catalog.add(wanted)
         await self._until_nodes_serve(dataset)
@@ -61,6 +64,9 @@ class Control(ControlServicer):
         dataset = await self._catalog.refresh(request.name)
         await self._until_nodes_serve(dataset)
         return self._dataset(dataset)
+
+    async def SetDataset(self, request: pb.SetDatasetRequest, context: Any) -> pb.Dataset:
+        return self._dataset(await self._catalog.change(request.name, messages.policy_from_wire(request)))
 
     async def RemoveDataset(self, request: pb.RemoveDatasetRequest, context: Any) -> pb.RemoveDatasetResponse:
         await self._catalog.remove(request.name)
@@ -105,6 +111,14 @@ class Control(ControlServicer):
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.Status:
         return messages.status_to_wire(self._shell.state, self._shell.now(), version=VERSION)
 
+    async def DrainNode(self, request: pb.DrainNodeRequest, context: Any) -> pb.NodeStatus:
+        await self._shell.apply(DrainRequested(request.id, request.force))
+        return self._node(request.id)
+
+    async def UndrainNode(self, request: pb.UndrainNodeRequest, context: Any) -> pb.NodeStatus:
+        await self._shell.apply(UndrainRequested(request.id))
+        return self._node(request.id)
+
     async def _until_nodes_serve(self, dataset: Dataset) -> None:
         """Wait, not for ever, until every node that is up has the newest snapshot.
 
@@ -125,6 +139,10 @@ class Control(ControlServicer):
 
     def _dataset(self, dataset: Dataset) -> pb.Dataset:
         return messages.dataset_to_wire(dataset, self._shell.state)
+
+    def _node(self, node_id: str) -> pb.NodeStatus:
+        state = self._shell.state
+        return messages.node_status_to_wire(core.find_member(state.members, node_id), state, self._shell.now())
 
     def _job(self, job_id: str) -> Job:
         job = self._shell.state.jobs.get(job_id)

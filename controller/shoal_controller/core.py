@@ -8,12 +8,12 @@ to be recorded and told. The caller records them in the order in which `handle` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import assert_never
 
 from shoal.cluster_map import ClusterMap
-from shoal.errors import AlreadyExists, DatasetNotFound, NotFound, SnapshotNotFound, Unavailable
+from shoal.errors import AlreadyExists, DatasetNotFound, DoesNotFit, NotFound, SnapshotNotFound, Unavailable
 from shoal.wire.routes import unknown_dataset
 from shoal_controller import jobs, membership
 from shoal_controller.events import (
@@ -23,12 +23,14 @@ from shoal_controller.events import (
     DatasetRemoved,
     DeleteDataset,
     DeleteJob,
+    DrainRequested,
     DropSnapshot,
     Event,
     KeepSnapshot,
     LogWarning,
     NodeRegistered,
     NodeReported,
+    PolicyChanged,
     PrefetchCancelled,
     PrefetchRequested,
     PublishJobs,
@@ -38,6 +40,7 @@ from shoal_controller.events import (
     SaveJob,
     SaveMap,
     TimePassed,
+    UndrainRequested,
 )
 from shoal_controller.model import (
     MAX_FINISHED_JOBS,
@@ -48,6 +51,7 @@ from shoal_controller.model import (
     Member,
     Moment,
     Policy,
+    PolicyChange,
     SnapshotInfo,
     State,
 )
@@ -62,6 +66,7 @@ class Core:
         policy: Policy,
         now: Moment,
         cluster_map: ClusterMap | None = None,
+        draining: Container[str] = (),
         datasets: Iterable[Dataset] = (),
         jobs: Iterable[Job] = (),
     ) -> None:
@@ -69,7 +74,7 @@ class Core:
         cluster_map = cluster_map or ClusterMap()
         self.state = State(
             map=cluster_map,
-            members=membership.restore(cluster_map.nodes, now, policy),
+            members=membership.restore(cluster_map.nodes, draining, now, policy),
             datasets={dataset.name: dataset for dataset in datasets},
             jobs={job.id: replace(job, planning_since_s=now.monotonic_s) for job in jobs},
         )
@@ -98,12 +103,18 @@ class Core:
                 return self._add(dataset)
             case DatasetRefreshed(dataset, snapshot):
                 return self._refresh(dataset, snapshot, now)
+            case PolicyChanged(name, change):
+                return self._change(name, change)
             case DatasetRemoved(name):
                 return self._remove(name, now)
             case PrefetchRequested():
                 return self._prefetch(event, now)
             case PrefetchCancelled(job_id):
                 return self._cancel(job_id, now)
+            case DrainRequested(node_id, force):
+                return self._drain(node_id, force)
+            case UndrainRequested(node_id):
+                return self._set_draining(node_id, is_draining=False)
             case _:
                 assert_never(event)
 
@@ -142,7 +153,27 @@ class Core:
         cluster_map = membership.next_map(self.state.map, members, reported_epoch=reported_epoch)
         is_new = cluster_map is not self.state.map
         self.state = replace(self.state, map=cluster_map, members=members)
-        return (SaveMap(cluster_map), PublishOrders()) if is_new else ()
+        return (self._save_map(), PublishOrders()) if is_new else ()
+
+    def _drain(self, node_id: str, force: bool) -> tuple[Action, ...]:
+        owners = [owner.id for owner in self.state.map.owners()]
+        if owners == [node_id] and not force:
+            raise DoesNotFit(
+                f"node {node_id} is the only one that is up and owns shards: without it nothing can be read; add or "
+                "undrain a node first ('shoal node list' shows them), or give --force"
+            )
+        return self._set_draining(node_id, is_draining=True)
+
+    def _set_draining(self, node_id: str, *, is_draining: bool) -> tuple[Action, ...]:
+        member = find_member(self.state.members, node_id)
+        if member.is_draining == is_draining:
+            return ()
+        members = {**self.state.members, node_id: membership.drain(member, is_draining=is_draining)}
+        # A node that is down owns nothing either way, so no epoch comes of it; what it will be is recorded.
+        return self._set_members(members) or (self._save_map(),)
+
+    def _save_map(self) -> SaveMap:
+        return SaveMap(self.state.map, membership.draining(self.state.members))
 
     # Datasets
 
@@ -164,6 +195,20 @@ class Core:
         actions = self._set_dataset(dataset, dropped=gone)
         reason = f"its snapshot is no longer served: dataset {dataset.name} was refreshed {MAX_SNAPSHOTS} times since"
         return (*actions, *self._cancel_jobs(dataset.name, gone, reason, now))
+
+    def _change(self, name: str, change: PolicyChange) -> tuple[Action, ...]:
+        before = find(self.state.datasets, name)
+        dataset = change.applied_to(before)
+        if dataset == before:
+            return ()
+        self.state = replace(self.state, datasets={**self.state.datasets, name: dataset})
+        saves: tuple[Action, ...] = (SaveDataset(dataset),)
+        if dataset.replicas != before.replicas:
+            # Owners are a function of map and replicas: whoever worked with the old ones, a prefetch's share above all,
+            # works them out anew with a new epoch.
+            self.state = replace(self.state, map=membership.renumbered(self.state.map))
+            saves = (*saves, self._save_map())
+        return (*saves, PublishOrders())
 
     def _remove(self, name: str, now: Moment) -> tuple[Action, ...]:
         dataset = find(self.state.datasets, name)
@@ -203,7 +248,7 @@ class Core:
         if not self.state.map.owners():
             raise Unavailable(
                 f"prefetch of {dataset.name} needs a cache node, and none is up: "
-                "start one with 'shoal-cachenode' ('shoal status' lists them)"
+                "start or undrain one ('shoal node list' shows them)"
             )
         job = Job(
             id=event.job_id,
@@ -276,6 +321,14 @@ def find(datasets: Mapping[str, Dataset], name: str) -> Dataset:
     if dataset is None:
         raise DatasetNotFound(unknown_dataset(name, [known.to_record() for known in datasets.values()]))
     return dataset
+
+
+def find_member(members: Mapping[str, Member], node_id: str) -> Member:
+    """The member of that id. Raises NotFound where there is none."""
+    member = members.get(node_id)
+    if member is None:
+        raise NotFound(f"no cache node has the id {node_id!r}: 'shoal node list' shows those that are known")
+    return member
 
 
 def check_is_new(datasets: Mapping[str, Dataset], name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shoal.cluster_map import ClusterMap, Node
-from shoal_controller.model import Dataset, Job, Report, SnapshotInfo
+from shoal_controller.model import Dataset, Job, PolicyChange, Report, SnapshotInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,14 @@ class DatasetRefreshed:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyChanged:
+    """Somebody wants a dataset kept in another way."""
+
+    name: str
+    change: PolicyChange
+
+
+@dataclass(frozen=True, slots=True)
 class DatasetRemoved:
     """Somebody wants the dataset forgotten."""
 
@@ -69,23 +77,42 @@ class PrefetchCancelled:
     job_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """Somebody wants the node to own nothing. `force`: also where then nobody would own anything."""
+
+    node_id: str
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UndrainRequested:
+    """Somebody wants the node to own its share again."""
+
+    node_id: str
+
+
 Event = (
     NodeRegistered
     | NodeReported
     | TimePassed
     | DatasetAdded
     | DatasetRefreshed
+    | PolicyChanged
     | DatasetRemoved
     | PrefetchRequested
     | PrefetchCancelled
+    | DrainRequested
+    | UndrainRequested
 )
 
 
 @dataclass(frozen=True, slots=True)
 class SaveMap:
-    """Record the epoch and the known nodes."""
+    """Record the epoch and the known nodes. `draining` are the ids of those that are to own nothing, down or not."""
 
     map: ClusterMap
+    draining: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

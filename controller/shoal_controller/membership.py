@@ -5,11 +5,14 @@ node that reports a greater one (this controller lost its disk) makes it jump pa
 
 Two live processes may claim one node id (a copied data directory). The newer one has it, as a node that moved would;
 the older one is refused while the newer lives, because taking turns would be a new epoch with every heartbeat.
+
+Draining is people's word, so nothing that a node says of itself and no absence undoes it: only they do, or that the
+node is forgotten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from shoal.cluster_map import ClusterMap, Node, NodeState
@@ -31,7 +34,7 @@ class Heard:
     refusal: str = ""
 
 
-def restore(nodes: Iterable[Node], now: Moment, policy: Policy) -> dict[str, Member]:
+def restore(nodes: Iterable[Node], draining: Container[str], now: Moment, policy: Policy) -> dict[str, Member]:
     """The members as the record has them. Whoever was up gets one lease to be heard: a restart moves nothing."""
     return {
         node.id: Member(
@@ -39,6 +42,7 @@ def restore(nodes: Iterable[Node], now: Moment, policy: Policy) -> dict[str, Mem
             lease_ends_s=now.monotonic_s + policy.lease_s,
             heard_s=now.monotonic_s,
             down_since_s=now.monotonic_s if node.state is NodeState.DOWN else None,
+            is_draining=node.id in draining,
         )
         for node in nodes
     }
@@ -47,6 +51,7 @@ def restore(nodes: Iterable[Node], now: Moment, policy: Policy) -> dict[str, Mem
 def register(member: Member | None, node: Node, now: Moment, policy: Policy) -> Heard:
     """A node registered under its id, which `member` has so far."""
     if member is None:
+        node = replace(node, state=NodeState.UP)
         return Heard(Member(node, lease_ends_s=now.monotonic_s + policy.lease_s, heard_s=now.monotonic_s))
     return _hear(member, node, now, policy)
 
@@ -83,7 +88,7 @@ def _hear(member: Member, node: Node, now: Moment, policy: Policy) -> Heard:
     return Heard(
         replace(
             member,
-            node=node,
+            node=replace(node, state=_state(member.is_draining)),
             lease_ends_s=now.monotonic_s + policy.lease_s,
             heard_s=now.monotonic_s,
             down_since_s=None,
@@ -93,6 +98,21 @@ def _hear(member: Member, node: Node, now: Moment, policy: Policy) -> Heard:
         ),
         warnings,
     )
+
+
+def _state(is_draining: bool) -> NodeState:
+    return NodeState.DRAINING if is_draining else NodeState.UP
+
+
+def drain(member: Member, *, is_draining: bool) -> Member:
+    """The member once people said that it is to own nothing, or its share again. One that is down stays down."""
+    state = member.node.state if member.node.state is NodeState.DOWN else _state(is_draining)
+    return replace(member, node=replace(member.node, state=state), is_draining=is_draining)
+
+
+def draining(members: Mapping[str, Member]) -> frozenset[str]:
+    """Ids of the members that are to own nothing."""
+    return frozenset(node_id for node_id, member in members.items() if member.is_draining)
 
 
 def _contest(node: Node, other_address: str) -> str:
@@ -154,3 +174,8 @@ def next_map(current: ClusterMap, members: Mapping[str, Member], *, reported_epo
     if nodes == current.nodes and reported_epoch <= current.epoch:
         return current
     return ClusterMap(max(current.epoch, reported_epoch) + 1, nodes)
+
+
+def renumbered(current: ClusterMap) -> ClusterMap:
+    """The same nodes under the next epoch: owners changed although no node did."""
+    return ClusterMap(current.epoch + 1, current.nodes)

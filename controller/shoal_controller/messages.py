@@ -10,14 +10,11 @@ import json
 from datetime import UTC, datetime
 
 from shoal import origin
-from shoal.cluster_map import Node, NodeState
+from shoal.cluster_map import Node
 from shoal.errors import InvalidRequest
 from shoal.wire import shoal_pb2 as pb
 from shoal_controller import status
-from shoal_controller.model import OK, Dataset, Job, Member, Moment, Report, Share, State
-
-#: SQLite keeps signed 64-bit integers, and epochs need room to count on.
-MAX_NUMBER = 1 << 62
+from shoal_controller.model import MAX_NUMBER, OK, Dataset, Job, Member, Moment, PolicyChange, Report, Share, State
 
 
 def node_from_wire(message: pb.Node) -> Node:
@@ -33,8 +30,7 @@ def node_from_wire(message: pb.Node) -> Node:
         raise InvalidRequest(f"{message.address!r} is no address of node {message.id}: write HOST:PORT")
     if message.weight > MAX_NUMBER:
         raise InvalidRequest(f"node {message.id} offers {message.weight} bytes of cache, which cannot be")
-    state = NodeState.DRAINING if message.state == NodeState.DRAINING else NodeState.UP
-    return Node(message.id, message.address, message.weight, dict(message.topology), state)
+    return Node(message.id, message.address, message.weight, dict(message.topology))
 
 
 def report_from_wire(message: pb.NodeReport) -> Report:
@@ -65,6 +61,18 @@ def report_from_wire(message: pb.NodeReport) -> Report:
             for share in message.prefetches
         },
         is_leaving=message.leaving,
+        handover_bytes=message.handover_bytes if message.HasField("handover_bytes") else None,
+        short_bytes=message.short_bytes,
+    )
+
+
+def policy_from_wire(message: pb.SetDatasetRequest) -> PolicyChange:
+    """What of a dataset's policy is to be another."""
+    return PolicyChange(
+        replicas=message.replicas if message.HasField("replicas") else None,
+        is_pinned=message.pinned if message.HasField("pinned") else None,
+        quota_bytes=message.quota_bytes if message.HasField("quota_bytes") else None,
+        is_direct=message.direct if message.HasField("direct") else None,
     )
 
 
@@ -96,6 +104,9 @@ def _dataset(dataset: Dataset) -> pb.Dataset:
         created_at=_time(dataset.created_utc_s),
         refreshed_at=_time(dataset.refreshed_utc_s),
         adhoc=dataset.is_adhoc,
+        pinned=dataset.is_pinned,
+        quota_bytes=dataset.quota_bytes,
+        direct=dataset.is_direct,
     )
 
 
@@ -140,7 +151,7 @@ def status_to_wire(state: State, now: Moment, *, version: str) -> pb.Status:
     """What ``shoal status`` shows."""
     return pb.Status(
         epoch=state.map.epoch,
-        nodes=[_node_status(state.members[node_id], now) for node_id in sorted(state.members)],
+        nodes=[node_status_to_wire(member, state, now) for _, member in sorted(state.members.items())],
         datasets=[dataset_to_wire(state.datasets[name], state) for name in sorted(state.datasets)],
         jobs=[job_to_wire(job) for job in jobs_for_people(state)],
         warnings=status.warnings(state),
@@ -156,8 +167,9 @@ def jobs_for_people(state: State, *, finished: int = 5) -> list[Job]:
     return [job for job in newest_first if not job.is_finished] + done[:finished]
 
 
-def _node_status(member: Member, now: Moment) -> pb.NodeStatus:
+def node_status_to_wire(member: Member, state: State, now: Moment) -> pb.NodeStatus:
     report = member.report
+    waits_for = status.handover_waits_for(member, state)
     return pb.NodeStatus(
         node=node_to_wire(member.node),
         used_bytes=report.used_bytes if report else 0,
@@ -165,6 +177,11 @@ def _node_status(member: Member, now: Moment) -> pb.NodeStatus:
         condition=report.condition if report else "",
         seconds_since_report=max(0.0, now.monotonic_s - member.heard_s),
         version=report.version if report else "",
+        handover_bytes=status.handover_bytes(member, state),
+        short_bytes=report.short_bytes if report else 0,
+        draining=member.is_draining,
+        drained=member.is_draining and not waits_for,
+        waits_for=waits_for,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shoal.cluster_map import ClusterMap, Node
 from shoal.datasets import DatasetRecord
@@ -16,6 +16,8 @@ from shoal.datasets import DatasetRecord
 #: Snapshots of one dataset that are served, the newest included.
 MAX_SNAPSHOTS = 8
 MAX_REPLICAS = 16
+#: Of sizes and epochs: SQLite keeps signed 64-bit integers, and epochs need room to count on.
+MAX_NUMBER = 1 << 62
 #: Finished prefetch jobs that are remembered.
 MAX_FINISHED_JOBS = 50
 #: What a node says of itself; anything else is a reason why it passes reads through.
@@ -59,7 +61,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a node says of itself with each heartbeat. `node.state` is UP or DRAINING, as the node wants to be seen.
+    """What a node says of itself with each heartbeat. Its `node.state` says nothing: that is the controller's to say.
 
     Attributes:
         epoch: of the map that the node uses.
@@ -67,6 +69,8 @@ class Report:
         cached_bytes: by snapshot digest, the bytes it holds of shards that it is the first owner of.
         shares: by job id.
         is_leaving: the node stops in good order.
+        handover_bytes: what it holds and its new owners do not yet; None while that is not known, and unless it drains.
+        short_bytes: of shards that it owns and peers hold, and that it has no room for.
     """
 
     node: Node
@@ -78,6 +82,8 @@ class Report:
     cached_bytes: Mapping[str, int] = field(default_factory=dict)
     shares: Mapping[str, Share] = field(default_factory=dict)
     is_leaving: bool = False
+    handover_bytes: int | None = None
+    short_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,7 @@ class Member:
         displaced: addresses at which the same id lived when a newer process claimed it, and until when they are
             refused, on the monotonic clock.
         contested_by: the displaced address that was heard again, so two processes have one id; "" while none was.
+        is_draining: it was asked to own nothing, and that lasts while it is down.
     """
 
     node: Node
@@ -102,6 +109,7 @@ class Member:
     report: Report | None = None
     displaced: Mapping[str, float] = field(default_factory=dict)
     contested_by: str = ""
+    is_draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +129,9 @@ class Dataset:
         origin: fsspec URL of the prefix, without a slash at the end.
         endpoint: the service behind the URL where the protocol has several; else "".
         snapshots: newest first; never empty.
+        is_pinned: its shards are never dropped to make room.
+        quota_bytes: the share of the cluster's cache that is kept for it; 0: none.
+        is_direct: clients may read the origin where no node answers.
     """
 
     name: str
@@ -133,6 +144,9 @@ class Dataset:
     created_utc_s: float
     refreshed_utc_s: float
     is_adhoc: bool = False
+    is_pinned: bool = False
+    quota_bytes: int = 0
+    is_direct: bool = False
 
     @property
     def newest(self) -> SnapshotInfo:
@@ -155,6 +169,28 @@ class Dataset:
             objects=self.newest.objects,
             total_bytes=self.newest.total_bytes,
             adhoc=self.is_adhoc,
+            pinned=self.is_pinned,
+            quota_bytes=self.quota_bytes,
+            direct=self.is_direct,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChange:
+    """What of a dataset's policy is to be another; None leaves it as it is. The names are those of `Dataset`."""
+
+    replicas: int | None = None
+    is_pinned: bool | None = None
+    quota_bytes: int | None = None
+    is_direct: bool | None = None
+
+    def applied_to(self, dataset: Dataset) -> Dataset:
+        return replace(
+            dataset,
+            replicas=dataset.replicas if self.replicas is None else self.replicas,
+            is_pinned=dataset.is_pinned if self.is_pinned is None else self.is_pinned,
+            quota_bytes=dataset.quota_bytes if self.quota_bytes is None else self.quota_bytes,
+            is_direct=dataset.is_direct if self.is_direct is None else self.is_direct,
         )
 
 

@@ -39,7 +39,7 @@ from shoal_controller.events import (
 )
 from shoal_controller.model import Dataset, Job, JobState, SnapshotInfo
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE cluster (
     one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL DEFAULT (lower(hex(randomblob(16)))),
@@ -47,12 +47,14 @@ CREATE TABLE cluster (
 ) STRICT;
 INSERT INTO cluster (one, epoch) VALUES (1, 0);
 CREATE TABLE nodes (
-    id TEXT PRIMARY KEY, address TEXT NOT NULL, weight INTEGER NOT NULL, topology TEXT NOT NULL, state TEXT NOT NULL
+    id TEXT PRIMARY KEY, address TEXT NOT NULL, weight INTEGER NOT NULL, topology TEXT NOT NULL, state TEXT NOT NULL,
+    is_draining INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE datasets (
     name TEXT PRIMARY KEY, origin TEXT NOT NULL, endpoint TEXT NOT NULL, shard_size INTEGER NOT NULL,
     replicas INTEGER NOT NULL, storage_options TEXT NOT NULL, created_utc_s REAL NOT NULL,
-    refreshed_utc_s REAL NOT NULL, is_adhoc INTEGER NOT NULL
+    refreshed_utc_s REAL NOT NULL, is_adhoc INTEGER NOT NULL, is_pinned INTEGER NOT NULL DEFAULT 0,
+    quota_bytes INTEGER NOT NULL DEFAULT 0, is_direct INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE snapshots (
     dataset TEXT NOT NULL REFERENCES datasets (name) ON DELETE CASCADE, age INTEGER NOT NULL, digest TEXT NOT NULL,
@@ -65,13 +67,27 @@ CREATE TABLE jobs (
 ) STRICT;
 """
 
+#: By the format that they begin with: what makes it the next one.
+_MIGRATIONS = {
+    1: """
+ALTER TABLE datasets ADD COLUMN is_pinned INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE datasets ADD COLUMN quota_bytes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE datasets ADD COLUMN is_direct INTEGER NOT NULL DEFAULT 0;
+""",
+    2: "ALTER TABLE nodes ADD COLUMN is_draining INTEGER NOT NULL DEFAULT 0;",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What the record holds. `cluster_id` was made with it, so another one means that the record was lost."""
+    """What the record holds. `cluster_id` was made with it, so another one means that the record was lost.
+
+    `draining` are the ids of the nodes that are to own nothing, down or not.
+    """
 
     cluster_id: str
     map: ClusterMap
+    draining: frozenset[str]
     datasets: tuple[Dataset, ...]
     jobs: tuple[Job, ...]
 
@@ -139,8 +155,11 @@ class Record:
             ((cluster_id, epoch),) = fetch("SELECT id, epoch FROM cluster").fetchall()
             nodes = tuple(
                 Node(node_id, address, weight, json.loads(topology), NodeState(state))
-                for node_id, address, weight, topology, state in fetch("SELECT * FROM nodes ORDER BY id")
+                for node_id, address, weight, topology, state in fetch(
+                    "SELECT id, address, weight, topology, state FROM nodes ORDER BY id"
+                )
             )
+            draining = frozenset(node_id for (node_id,) in fetch("SELECT id FROM nodes WHERE is_draining"))
             snapshots: dict[str, list[SnapshotInfo]] = {}
             for name, *snapshot in fetch(
                 "SELECT dataset, digest, objects, total_bytes FROM snapshots ORDER BY dataset, age"
@@ -149,11 +168,12 @@ class Record:
             datasets = tuple(
                 Dataset(
                     name, origin, endpoint, shard_size, replicas, options, tuple(snapshots[name]), created, refreshed,
-                    bool(is_adhoc),
+                    bool(adhoc), bool(pinned), quota_bytes, bool(direct),
                 )
-                for name, origin, endpoint, shard_size, replicas, options, created, refreshed, is_adhoc in fetch(
-                    "SELECT * FROM datasets ORDER BY name"
-                )
+                for (
+                    name, origin, endpoint, shard_size, replicas, options, created, refreshed, adhoc, pinned,
+                    quota_bytes, direct,
+                ) in fetch("SELECT * FROM datasets ORDER BY name")
             )  # fmt: skip
             jobs = tuple(
                 Job(job_id, dataset, snapshot, prefix, created, 0.0, JobState(state), total, done, reason, finished)
@@ -161,7 +181,7 @@ class Record:
                     "SELECT * FROM jobs ORDER BY created_utc_s, id"
                 )
             )
-        return Contents(cluster_id, ClusterMap(epoch, nodes), datasets, jobs)
+        return Contents(cluster_id, ClusterMap(epoch, nodes), draining, datasets, jobs)
 
     def write(self, writes: Iterable[Write], staged: Path | None = None) -> None:
         """Carry out the writes of one event, durably.
@@ -199,20 +219,27 @@ class Record:
     def _write(self, write: Write) -> None:
         execute = self._database.execute
         match write:
-            case SaveMap(cluster_map):
+            case SaveMap(cluster_map, draining):
                 execute("UPDATE cluster SET epoch = ?", (cluster_map.epoch,))
                 execute("DELETE FROM nodes")
                 self._database.executemany(
-                    "INSERT INTO nodes VALUES (?, ?, ?, ?, ?)",
+                    "INSERT INTO nodes VALUES (?, ?, ?, ?, ?, ?)",
                     [
-                        (node.id, node.address, node.weight, json.dumps(dict(node.topology)), str(node.state))
+                        (
+                            node.id,
+                            node.address,
+                            node.weight,
+                            json.dumps(dict(node.topology)),
+                            str(node.state),
+                            int(node.id in draining),
+                        )
                         for node in cluster_map.nodes
                     ],
                 )
             case SaveDataset(dataset):
                 execute("DELETE FROM datasets WHERE name = ?", (dataset.name,))
                 execute(
-                    "INSERT INTO datasets VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO datasets VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         dataset.name,
                         dataset.origin,
@@ -223,6 +250,9 @@ class Record:
                         dataset.created_utc_s,
                         dataset.refreshed_utc_s,
                         int(dataset.is_adhoc),
+                        int(dataset.is_pinned),
+                        dataset.quota_bytes,
+                        int(dataset.is_direct),
                     ),
                 )
                 self._database.executemany(
@@ -293,7 +323,10 @@ def _connect(path: Path) -> sqlite3.Connection:
             ((version,),) = database.execute("PRAGMA user_version").fetchall()
             if version == 0:
                 database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-            elif version != SCHEMA_VERSION:
+            while (upgrade := _MIGRATIONS.get(version)) is not None:
+                version += 1
+                database.executescript(f"BEGIN; {upgrade} PRAGMA user_version = {version}; COMMIT;")
+            if version not in (0, SCHEMA_VERSION):
                 raise StoreUnusable(
                     f"{path} was written by another version of Shoal (format {version}, this one reads "
                     f"{SCHEMA_VERSION}): run that version, or name another directory with --data-dir"

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from shoal.errors import ShoalError
+from shoal.errors import InvalidRequest, ShoalError
 from shoal.wire import grpc_errors
 
 log = logging.getLogger(__name__)
@@ -42,16 +43,15 @@ class Seam(_ServerInterceptor):
         if handler is None:
             return None  # gRPC answers UNIMPLEMENTED
         method = handler_call_details.method.rpartition("/")[2]
-        codec = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
+        parse = handler.request_deserializer
+        # Parsed here and not by gRPC, which answers a message that is none as a failure of its own, with a traceback.
+        codec = {"request_deserializer": None, "response_serializer": handler.response_serializer}
         if handler.unary_unary is not None:
             answer = handler.unary_unary
 
             async def unary(request: Any, context: Any) -> Any:
                 async with _Call(self._count, method, context):
-                    return await answer(request, context)
+                    return await answer(_parsed(parse, request, method), context)
 
             return grpc.unary_unary_rpc_method_handler(unary, **codec)
         assert handler.unary_stream is not None, "the control plane has no other kind of call"
@@ -59,10 +59,17 @@ class Seam(_ServerInterceptor):
 
         async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
             async with _Call(self._count, method, context):
-                async for message in answers(request, context):
+                async for message in answers(_parsed(parse, request, method), context):
                     yield message
 
         return grpc.unary_stream_rpc_method_handler(stream, **codec)
+
+
+def _parsed(parse: Callable[[bytes], Any], request: bytes, method: str) -> Any:
+    try:
+        return parse(request)
+    except DecodeError as error:
+        raise InvalidRequest(f"the message is no request of {method}: use the client of this version") from error
 
 
 class _Call:

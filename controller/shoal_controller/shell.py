@@ -94,7 +94,12 @@ class Shell:
                     *(dataset.name, record.snapshots, dataset.name),
                 )
         core = Core(
-            policy=policy, now=clock(), cluster_map=contents.map, datasets=contents.datasets, jobs=contents.jobs
+            policy=policy,
+            now=clock(),
+            cluster_map=contents.map,
+            draining=contents.draining,
+            datasets=contents.datasets,
+            jobs=contents.jobs,
         )
         return cls(record, contents.cluster_id, thread, core, policy, clock)
 

@@ -105,3 +105,31 @@ def test_a_set_is_as_large_as_asked() -> None:
 @pytest.mark.parametrize(("percent", "wanted"), [(0, 1), (50, 3), (99, 4), (100, 4)])
 def test_percentile(percent: float, wanted: float) -> None:
     assert percentile([4, 1, 3, 2], percent) == wanted
+
+
+def test_retention_runs_tiny(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.retention", "--tiny", "--workdir", str(tmp_path)]
+    command += ["--json", str(tmp_path / "retention.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "retention.json").read_text())
+    epochs = [each for part in result["parts"] for each in part["epochs"]]
+    assert len(epochs) == 8 and result["wrong_objects"] == 0
+    for each in epochs:  # exact: what is kept is kept
+        assert each["hit_ratio"] == (0.0 if each["epoch"] == 1 else 0.5)
+    assert "met: at least 0.500" in done.stdout
+
+
+@pytest.mark.long
+def test_membership_runs_tiny(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.membership", "--tiny", "--workdir", str(tmp_path)]
+    command += ["--json", str(tmp_path / "membership.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "membership.json").read_text())
+    assert (result["errors"], result["wrong"]) == (0, 0), result["first_error"]
+    assert len(result["changes"]) == 2
+    for each in result["changes"]:  # bytes are exact; times mean nothing here
+        assert each["origin_bytes"] == 0
+        assert each["map_gives_bytes"] <= each["moved_bytes"] <= 1.05 * each["map_gives_bytes"]
+        assert each["calm"]["reads"] and each["what"] in done.stdout

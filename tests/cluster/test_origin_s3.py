@@ -20,6 +20,7 @@ from shoal.errors import (
 )
 from shoal.origin import Deadlines, Origin, base, open_origin
 from shoal.origin.objectstore import ObjectStoreOrigin
+from shoal.origin.patient import PatientOrigin
 from shoal.origin.s3fs_reader import S3fsOrigin
 from tests.support.origin_contract import OriginContract, content, rows, streamed
 from tests.support.proxy import CountingProxy
@@ -89,7 +90,9 @@ def opened(place: Prefix, **changes: Any) -> Origin:
 
 def test_each_reader_is_the_one_asked_for(place: Prefix) -> None:
     wanted = ObjectStoreOrigin if place.options["reader"] == "obstore" else S3fsOrigin
-    assert isinstance(opened(place), wanted)
+    found = opened(place)
+    assert isinstance(found, PatientOrigin)
+    assert isinstance(found.inner, wanted)
 
 
 def test_both_readers_list_the_same(obstore_place: Prefix) -> None:
@@ -300,7 +303,7 @@ def test_options_that_only_s3fs_understands(obstore_place: Prefix) -> None:
     place.write("x", b"1")
     options = {**place.weed.storage_options, "config_kwargs": {"s3": {"payload_signing_enabled": True}}}
     origin = open_origin(place.url, options)
-    assert isinstance(origin, S3fsOrigin)
+    assert isinstance(origin, PatientOrigin) and isinstance(origin.inner, S3fsOrigin)
     assert set(rows(origin)) == {"x"}
     with pytest.raises(InvalidRequest, match=r"config_kwargs\.s3\.payload_signing_enabled"):
         open_origin(place.url, {**options, "reader": "obstore"})

@@ -1,6 +1,7 @@
 """Bits of a sealed shard that flip on the drive: who receives them over the network notices, no node seals them again.
 
-Nodes do not read a sealed shard again before they send it, so it is the reader's comparison that these tests are about:
+The drive lies: no time of the file tells that it changed (tests/faults/test_torn_files.py is about those that do). A
+node does not read a sealed shard again before it sends it, so it is the reader's comparison that these tests are about:
 with ``verify=False`` the very same reads give the wrong byte.
 """
 
@@ -19,8 +20,10 @@ from shoal.cluster_map import Node
 from shoal.connection import Connection, Interrupted
 from shoal.errors import ShardCorrupt, ShoalError
 from shoal.filesystem import ShoalFileSystem
+from shoal.health import Latency
 from shoal.reader import ObjectReader
 from shoal.transport import Transport
+from shoal_cachenode import sealed_file
 from shoal_cachenode.node import CacheNode
 from tests.support.minicluster import MiniCluster
 
@@ -78,6 +81,7 @@ class Harm:
         index, offset = divmod(place, SHARD)
         file = self.file(node, path, index)
         assert file is not None, "only what is sealed can be harmed"
+        times = file.stat()
         file.chmod(0o644)
         with file.open("rb+") as opened:
             opened.seek(offset)
@@ -85,6 +89,7 @@ class Harm:
             opened.seek(offset)
             opened.write(bytes([byte ^ 0x10]))
         file.chmod(0o444)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
         plain = OBJECTS[path]
         return plain[:place] + bytes([plain[place] ^ 0x10]) + plain[place + 1 :]
 
@@ -99,6 +104,11 @@ class Harm:
 
 def start(directory: Path, **options: Any) -> MiniCluster:
     return MiniCluster(directory, OBJECTS, part_size=PART, shard_size=SHARD, **options)
+
+
+@pytest.fixture(autouse=True)
+def files_that_tell_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealed_file, "stamp", lambda fd: (0, 0))
 
 
 @pytest.fixture
@@ -189,14 +199,14 @@ def test_part_that_began_at_a_node_that_died_is_compared_all_the_same(
     fs.info("set/o")
     take, died = fs.cluster.transport._take, list[socket.socket]()
 
-    def take_or_die(address: str) -> Connection:
+    def take_or_die(address: str, *how: Any, **more: Any) -> Connection:
         if address != dying.address:
-            return take(address)
+            return take(address, *how, **more)
         ours, theirs = socket.socketpair()
         theirs.sendall(b"HTTP/1.1 206 OK\r\nContent-Length: 256\r\n\r\n" + PLAIN[:70])
         theirs.shutdown(socket.SHUT_WR)
         died.append(theirs)
-        return Connection(ours)
+        return Connection(ours, Latency())
 
     monkeypatch.setattr(fs.cluster.transport, "_take", take_or_die)
     with pytest.raises(ShardCorrupt):

@@ -71,6 +71,7 @@ class Cluster:
         self.core = Core(policy=POLICY, now=self.now)
         self.warnings: list[str] = []
         self._saved_map = self.core.state.map
+        self._saved_draining: frozenset[str] = frozenset()
         self._saved_datasets: dict[str, Dataset] = {}
         self._saved_jobs: dict[str, Job] = {}
 
@@ -95,8 +96,8 @@ class Cluster:
         actions = self.core.handle(event, self.now)
         for action in actions:
             match action:
-                case SaveMap(cluster_map):
-                    self._saved_map = cluster_map
+                case SaveMap(cluster_map, draining):
+                    self._saved_map, self._saved_draining = cluster_map, draining
                 case SaveDataset(saved):
                     self._saved_datasets[saved.name] = saved
                 case DeleteDataset(name):
@@ -117,6 +118,7 @@ class Cluster:
             policy=POLICY,
             now=self.now,
             cluster_map=self._saved_map,
+            draining=self._saved_draining,
             datasets=self._saved_datasets.values(),
             jobs=self._saved_jobs.values(),
         )

@@ -10,10 +10,12 @@ import itertools
 import multiprocessing
 import os
 import re
+import signal
 import traceback
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -248,6 +250,27 @@ def is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether every thread of a process is stopped (SIGSTOP reaches them one after the other)."""
+    try:
+        tasks = [task / "stat" for task in Path(f"/proc/{pid}/task").iterdir()]
+        return all(task.read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process that does nothing meanwhile: stopped from the first line of the block on, and going on after it."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_for(lambda: is_stopped(pid))
+        yield
+    finally:
+        with suppress(ProcessLookupError):  # killed meanwhile
+            os.kill(pid, signal.SIGCONT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -15,8 +16,10 @@ from shoal import checksums, connection, shard_client
 from shoal.checksums import PartCheck
 from shoal.connection import Connection, Interrupted
 from shoal.errors import NodeUnavailable, ShardCorrupt, ShoalError
+from shoal.health import Latency
 from shoal.shard_client import ShardAt
 from shoal.transport import Transport
+from shoal.watch import Watch
 from shoal.wire import batch
 from shoal.wire.batch import ShardRange
 
@@ -178,12 +181,15 @@ class Scripted(Transport):
         self.asked: list[bytes] = []
         self._theirs: list[socket.socket] = []
 
-    def _connect(self, address: str) -> Connection:
+    def suspect(self, address: str) -> None:
+        """Probe nobody: the script has no answers for it."""
+
+    def _connect(self, address: str, timeout_s: float) -> Connection:
         ours, theirs = socket.socketpair()
         theirs.sendall(self.answers.pop(0))
         theirs.shutdown(socket.SHUT_WR)
         self._theirs.append(theirs)
-        return Connection(ours)
+        return Connection(ours, Latency())
 
     def requests(self) -> list[str]:
         return [sock.recv(1 << 16).decode() for sock in self._theirs]
@@ -204,7 +210,8 @@ def answer(body: bytes, sums: str | None, *, length: int | None = None, part_siz
 
 def receive(node: Transport, start: int = 0, end: int = len(DATA), *, verify: bool = True) -> bytes:
     view = memoryview(bytearray(end - start))
-    shard_client.read(node, "node:1", SHARD, start, end, lambda: view, verify=verify, headers={})
+    watch = Watch(node, "node:1")
+    shard_client.read(node, "node:1", SHARD, start, end, lambda: view, verify=verify, headers={}, watch=watch)
     return bytes(view)
 
 
@@ -252,7 +259,8 @@ def test_interrupted_body_is_good_up_to_the_last_part_that_was_compared(
     node = Scripted(answer(data[4_000 : 4_000 + came], sums, length=86_000, part_size=part))
     view = memoryview(bytearray(86_000))
     with pytest.raises(Interrupted) as caught:
-        shard_client.read(node, "node:1", shard, 4_000, 90_000, lambda: view, verify=True, headers={})
+        watch = Watch(node, "node:1")
+        shard_client.read(node, "node:1", shard, 4_000, 90_000, lambda: view, verify=True, headers={}, watch=watch)
     good = caught.value.received
     assert view[:good] == data[4_000 : 4_000 + good]
     # What came since the last look counts as little as a part begun; the first look is after the head's own bytes.
@@ -295,7 +303,7 @@ def test_batch_compares_ranges_that_are_whole_parts() -> None:
 
     def read(body: bytes, *, verify: bool = True) -> bytes:
         buffer, _ = shard_client.read_batch(
-            Scripted(answer(body + sums, None)), "node:1", "d" * 32, wanted, verify=verify
+            Scripted(answer(body + sums, None)), "node:1", "d" * 32, wanted, verify=verify, headers={}, until=math.inf
         )
         return buffer.to_pybytes()
 

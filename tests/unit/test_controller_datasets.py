@@ -15,10 +15,12 @@ from shoal_controller.events import (
     DeleteDataset,
     DropSnapshot,
     KeepSnapshot,
+    PolicyChanged,
     PublishOrders,
     SaveDataset,
+    SaveMap,
 )
-from shoal_controller.model import MAX_SNAPSHOTS, JobState
+from shoal_controller.model import MAX_SNAPSHOTS, JobState, PolicyChange
 from tests.support.controller import GIB, Cluster, dataset, digest, node, snapshot
 
 
@@ -129,3 +131,40 @@ def test_replicas_above_the_nodes_are_a_warning() -> None:
     assert status.warnings(cluster.state) == ["dataset imagenet asks for 3 replicas, but 2 nodes are up: it has 2"]
     cluster.register(node("n3"))
     assert status.warnings(cluster.state) == []
+
+
+def test_a_changed_policy_is_recorded_and_told_and_keeps_the_snapshots() -> None:
+    cluster = Cluster()
+    cluster.add(dataset())
+    cluster.handle(DatasetRefreshed(dataset(), snapshot(2)))
+    epoch = cluster.epoch
+    before = cluster.state.datasets["imagenet"]
+    actions = cluster.handle(
+        PolicyChanged("imagenet", PolicyChange(is_pinned=True, quota_bytes=5 * GIB, is_direct=True))
+    )
+    changed = replace(before, is_pinned=True, quota_bytes=5 * GIB, is_direct=True)
+    assert actions == (SaveDataset(changed), PublishOrders())
+    assert cluster.epoch == epoch, "owners are as they were"
+    record = changed.to_record()
+    assert (record.pinned, record.quota_bytes, record.direct) == (True, 5 * GIB, True)
+    cluster.handle(PolicyChanged("imagenet", PolicyChange(is_pinned=False)))
+    assert cluster.state.datasets["imagenet"] == replace(changed, is_pinned=False), "what is absent stays"
+    assert cluster.handle(PolicyChanged("imagenet", PolicyChange(is_pinned=False, quota_bytes=5 * GIB))) == ()
+
+
+def test_other_replicas_are_a_new_epoch_of_the_same_nodes() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"), node("b"))
+    cluster.add(dataset())
+    before = cluster.state.map
+    actions = cluster.handle(PolicyChanged("imagenet", PolicyChange(replicas=2)))
+    after = cluster.state.map
+    assert (after.epoch, after.nodes) == (before.epoch + 1, before.nodes)
+    assert actions == (SaveDataset(dataset(replicas=2)), SaveMap(after), PublishOrders())
+    assert cluster.handle(PolicyChanged("imagenet", PolicyChange(replicas=2))) == ()
+
+
+def test_a_policy_of_an_unknown_dataset_is_refused() -> None:
+    cluster = Cluster()
+    with pytest.raises(DatasetNotFound, match="'nothing'"):
+        cluster.handle(PolicyChanged("nothing", PolicyChange(replicas=2)))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from shoal.cluster_map import ClusterMap, Node, NodeState
+from shoal.errors import DoesNotFit, NotFound
 from shoal_controller import status
-from shoal_controller.events import PublishOrders, SaveMap, TimePassed
-from tests.support.controller import POLICY, Cluster, node, refusals
+from shoal_controller.events import DrainRequested, PublishOrders, SaveMap, TimePassed, UndrainRequested
+from shoal_controller.model import JobState
+from tests.support.controller import GIB, POLICY, Cluster, dataset, node, refusals, share
 
 
 def test_a_node_that_registers_makes_an_epoch_and_again_none() -> None:
@@ -92,14 +96,134 @@ def test_a_changed_address_weight_or_topology_makes_an_epoch() -> None:
         assert cluster.state.map.nodes == (changed,)
 
 
-def test_a_draining_node_owns_nothing_and_goes_down_like_any_other() -> None:
+def drained(cluster: Cluster, node_id: str) -> bool:
+    member = cluster.member(node_id)
+    return member.is_draining and not status.handover_waits_for(member, cluster.state)
+
+
+def test_a_draining_node_owns_nothing_whatever_it_says_and_however_often_it_is_asked() -> None:
     cluster = Cluster()
     cluster.register(node("a"), node("b"))
-    draining = node("b", state=NodeState.DRAINING)
-    cluster.report(draining)
+    actions = cluster.handle(DrainRequested("b"))
+    assert cluster.state.map == ClusterMap(3, (node("a"), node("b", state=NodeState.DRAINING)))
+    assert actions == (SaveMap(cluster.state.map, frozenset("b")), PublishOrders())
     assert cluster.state.map.owners() == (node("a"),)
+    assert cluster.handle(DrainRequested("b")) == ()
+    cluster.report(node("b"))
+    cluster.register(node("b"))
+    cluster.run(60, reporting=["a", "b"])
+    assert cluster.epoch == 3
+    cluster.report(node("b", port=9), handover_bytes=0)
+    assert cluster.state.map.node("b") == node("b", port=9, state=NodeState.DRAINING)
+    actions = cluster.handle(UndrainRequested("b"))
+    assert cluster.state.map == ClusterMap(5, (node("a"), node("b", port=9)))
+    assert actions == (SaveMap(cluster.state.map), PublishOrders())
+    assert cluster.handle(UndrainRequested("b")) == ()
+
+
+def test_a_node_is_drained_when_it_says_so_under_the_map_of_now() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"), node("b"))
+    cluster.report(node("b"), handover_bytes=0)
+    assert not drained(cluster, "b"), "nobody asked it to"
+    cluster.handle(DrainRequested("b"))
+    waits = lambda: status.handover_waits_for(cluster.member("b"), cluster.state)  # noqa: E731
+    assert waits() == "it has not said yet what it has to hand over", "what it said was of another map"
+    cluster.report(node("b"))
+    assert waits() == "it has not said yet what it has to hand over"
+    cluster.report(node("b"), handover_bytes=5 * GIB)
+    assert waits() == "the other nodes fetch what it holds"
+    assert status.handover_bytes(cluster.member("b"), cluster.state) == 5 * GIB
+    cluster.report(node("a"), short_bytes=2 * GIB)
+    assert waits() == "node a lacks room for 2 GiB: add nodes or space, or remove datasets"
+    assert status.warnings(cluster.state) == [
+        "node a (a:7450) lacks room for 2 GiB that it owns and other nodes hold: add space, or remove datasets"
+    ]
+    cluster.report(node("b"), handover_bytes=0)
+    assert drained(cluster, "b")
+    cluster.register(node("c"))
+    assert not drained(cluster, "b"), "the map has another owner, which may lack what this node holds"
+    cluster.report(node("b"), handover_bytes=0)
+    assert drained(cluster, "b")
+    cluster.report(node("b"), is_leaving=True, handover_bytes=0)
+    assert waits() == "it is down: what it holds can be handed over when it is back"
+
+
+def test_a_draining_node_that_was_down_or_whose_controller_restarted_is_still_draining() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"), node("b"))
+    cluster.handle(DrainRequested("b"))
     cluster.run(POLICY.lease_s, reporting=["a"])
     assert cluster.node_states() == {"a": "up", "b": "down"}
+    cluster.restart()
+    assert cluster.node_states() == {"a": "up", "b": "down"}
+    cluster.register(node("b"))
+    assert cluster.node_states() == {"a": "up", "b": "draining"}
+    before = cluster.state.map
+    cluster.restart()
+    cluster.report(node("a"))
+    cluster.report(node("b"))
+    assert cluster.state.map == before
+    cluster.report(node("b"), is_leaving=True)
+    cluster.run(POLICY.forget_after_s, reporting=["a"])
+    cluster.register(node("b"))
+    assert cluster.node_states() == {"a": "up", "b": "up"}, "a node that was forgotten is a new one"
+
+
+def test_a_node_that_is_down_drains_when_it_is_back() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"), node("b"))
+    cluster.report(node("b"), is_leaving=True)
+    epoch = cluster.epoch
+    assert cluster.handle(DrainRequested("b")) == (SaveMap(cluster.state.map, frozenset("b")),)
+    assert cluster.epoch == epoch, "it owned nothing before"
+    cluster.restart()
+    cluster.register(node("b"))
+    assert cluster.node_states() == {"a": "up", "b": "draining"}
+    cluster.report(node("b"), is_leaving=True)
+    assert cluster.handle(UndrainRequested("b")) == (SaveMap(cluster.state.map),)
+    cluster.register(node("b"))
+    assert cluster.node_states() == {"a": "up", "b": "up"}
+
+
+def test_the_last_owner_drains_by_force_alone_and_a_stranger_never() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"), node("b"))
+    cluster.handle(DrainRequested("b"))
+    before = cluster.state
+    with pytest.raises(DoesNotFit, match=r"node a is the only one that is up and owns shards.*--force"):
+        cluster.handle(DrainRequested("a"))
+    for event in (DrainRequested("c", force=True), UndrainRequested("c")):
+        with pytest.raises(NotFound, match="no cache node has the id 'c': 'shoal node list'"):
+            cluster.handle(event)
+    assert cluster.state is before
+    cluster.handle(DrainRequested("a", force=True))
+    assert cluster.state.map.owners() == ()
+    cluster.report(node("a"), handover_bytes=0)
+    assert not drained(cluster, "a")
+    assert status.warnings(cluster.state) == [
+        "every cache node that is up drains: reads fail until another one is up, or 'shoal node undrain ID'"
+    ]
+
+
+def test_a_prefetch_goes_on_without_the_node_that_drains() -> None:
+    cluster = Cluster()
+    cluster.register(node("a"), node("b"))
+    cluster.add(dataset(replicas=2))
+    cluster.prefetch()
+    cluster.answer({"a": share(cluster.epoch), "b": share(cluster.epoch)})
+    assert cluster.job().state is JobState.RUNNING
+    cluster.handle(DrainRequested("b"))
+    cluster.handle(TimePassed())
+    assert cluster.job().reason == "waits for node a to work out the share of map epoch 3"
+    assert status.warnings(cluster.state) == [
+        "dataset imagenet asks for 2 replicas, but 1 node is up and not draining (1 more is): it has 1"
+    ]
+    cluster.answer({"a": share(cluster.epoch, 7, 7, complete=True)})
+    assert (cluster.job().state, cluster.job().bytes_total) == (JobState.DONE, 7)
+    cluster.prefetch("j2")
+    cluster.answer({"a": share(cluster.epoch, 7, 7, complete=True)}, job_id="j2")
+    assert cluster.job("j2").state is JobState.DONE
 
 
 def test_a_restart_moves_nothing_while_nodes_report_within_a_lease() -> None:

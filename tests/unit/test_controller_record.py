@@ -74,9 +74,11 @@ def test_a_new_record_is_empty_and_has_an_id_of_its_own(tmp_path: Path) -> None:
 def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
     record = Record.open(tmp_path / "data")
     added = replace(dataset(), snapshots=(snapshot(2), snapshot(1)), is_adhoc=True, endpoint="http://s3:9000")
+    added = replace(added, is_pinned=True, quota_bytes=5 << 40, is_direct=True)
     done = replace(JOB, id="j0", state=JobState.DONE, finished_utc_s=9.5, created_utc_s=4.0)
-    record.write([SaveMap(MAP), SaveDataset(added), SaveJob(JOB), SaveJob(done)])
+    record.write([SaveMap(MAP, frozenset("b")), SaveDataset(added), SaveJob(JOB), SaveJob(done)])
     record = reopened(record)
+    assert record.load().draining == {"b"}
     contents = record.load()
     assert contents.map == MAP
     assert contents.datasets == (added,)
@@ -178,6 +180,52 @@ def test_a_damaged_database_is_named(tmp_path: Path) -> None:
     # The lock was let go of, so that the repaired directory can be opened.
     (tmp_path / "controller.db").unlink()
     Record.open(tmp_path).close()
+
+
+#: What format 1 had, with a dataset in it.
+FORMAT_1 = """
+CREATE TABLE cluster (one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL, epoch INTEGER NOT NULL) STRICT;
+INSERT INTO cluster VALUES (1, '0123456789abcdef0123456789abcdef', 7);
+CREATE TABLE nodes (
+    id TEXT PRIMARY KEY, address TEXT NOT NULL, weight INTEGER NOT NULL, topology TEXT NOT NULL, state TEXT NOT NULL
+) STRICT;
+INSERT INTO nodes VALUES ('a', 'a:1', 10, '{}', 'up');
+CREATE TABLE datasets (
+    name TEXT PRIMARY KEY, origin TEXT NOT NULL, endpoint TEXT NOT NULL, shard_size INTEGER NOT NULL,
+    replicas INTEGER NOT NULL, storage_options TEXT NOT NULL, created_utc_s REAL NOT NULL,
+    refreshed_utc_s REAL NOT NULL, is_adhoc INTEGER NOT NULL
+) STRICT;
+INSERT INTO datasets VALUES (
+    'imagenet', 's3://bucket/imagenet', '', 268435456, 1, '{"secret": "env:SECRET"}', 1.0, 1.0, 0
+);
+CREATE TABLE snapshots (
+    dataset TEXT NOT NULL REFERENCES datasets (name) ON DELETE CASCADE, age INTEGER NOT NULL, digest TEXT NOT NULL,
+    objects INTEGER NOT NULL, total_bytes INTEGER NOT NULL, PRIMARY KEY (dataset, age)
+) STRICT;
+INSERT INTO snapshots VALUES ('imagenet', 0, '00000000000000000000000000000001', 10, 107374182400);
+CREATE TABLE jobs (
+    id TEXT PRIMARY KEY, dataset TEXT NOT NULL, snapshot TEXT NOT NULL, prefix TEXT NOT NULL, state TEXT NOT NULL,
+    bytes_total INTEGER NOT NULL, bytes_done INTEGER NOT NULL, reason TEXT NOT NULL, created_utc_s REAL NOT NULL,
+    finished_utc_s REAL
+) STRICT;
+PRAGMA user_version = 1;
+"""
+
+
+def test_the_record_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
+    database = sqlite3.connect(tmp_path / "controller.db")
+    database.executescript(FORMAT_1)
+    database.close()
+    record = Record.open(tmp_path)
+    contents = record.load()
+    assert contents.cluster_id == "0123456789abcdef0123456789abcdef"
+    assert contents.map == ClusterMap(7, (Node("a", "a:1", 10, {}, NodeState.UP),))
+    assert contents.datasets == (dataset(),), "with the defaults of what the first version did not know"
+    changed = replace(dataset(), is_pinned=True, quota_bytes=1, is_direct=True)
+    record.write([SaveMap(MAP), SaveDataset(changed)])
+    record = reopened(record)
+    assert (record.load().map, record.load().datasets) == (MAP, (changed,))
+    record.close()
 
 
 def test_the_record_of_another_version_is_left_alone(tmp_path: Path) -> None:

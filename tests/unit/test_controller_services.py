@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ import fsspec
 import grpc
 import grpc.aio
 import pytest
+from click.testing import CliRunner, Result
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal import errors
+from shoal import cli, errors
+from shoal.cli import node as node_commands
+from shoal.datasets import DatasetRecord
 from shoal.snapshot import Snapshot
 from shoal.transport import Transport
 from shoal.wire import grpc_errors
@@ -152,6 +156,44 @@ def test_datasets_from_add_to_remove(run: Callable[..., None], origin: Path) -> 
         assert await it.control.GetDataset(pb.GetDatasetRequest(name="d")) == refreshed
         await it.control.RemoveDataset(pb.RemoveDatasetRequest(name="d"))
         assert not (await it.control.ListDatasets(pb.ListDatasetsRequest())).datasets
+
+    run(test)
+
+
+def test_a_policy_reaches_nodes_clients_and_people(run: Callable[..., None], origin: Path) -> None:
+    async def test(it: Running) -> None:
+        joined = await it.node("n1")
+
+        async def shoal(*words: str) -> Result:
+            arguments = ["dataset", *words, "--endpoint", f"http://{it.server.http_address}"]
+            return await asyncio.to_thread(CliRunner().invoke, cli.main, arguments)
+
+        added = await shoal("add", "d", str(origin), "--pin", "--quota", "500GiB", "--direct", "--json")
+        assert added.exit_code == 0, added.output
+        policy = {"replicas": 1, "pinned": True, "quota_bytes": 500 * GIB, "direct": True}
+        assert policy.items() <= json.loads(added.stdout).items()
+        (told,) = (await joined.hear(lambda orders: len(orders.datasets) == 1)).datasets
+        assert (told.replicas, told.pinned, told.quota_bytes, told.direct) == (1, True, 500 * GIB, True)
+
+        changed = await shoal("set", "d", "--replicas", "3", "--no-pin", "--quota", "none")
+        assert changed.stdout == "d: 3 replicas, not pinned, quota none, direct reads allowed\n"
+        (told,) = (await joined.hear(lambda orders: orders.datasets[0].replicas == 3)).datasets
+        assert (told.pinned, told.quota_bytes, told.direct) == (False, 0, True)
+        record = DatasetRecord.from_json(await it.get("/v1/datasets/d"))
+        assert (record.replicas, record.pinned, record.quota_bytes, record.direct) == (3, False, 0, True)
+        assert record.snapshot == json.loads(added.stdout)["snapshot"]
+
+        for words, sentence in (
+            (("set", "d"), "nothing is to be changed"),
+            (("set", "d", "--replicas", "17"), "error: 17 replicas cannot be: use 1 to 16"),
+            (("set", "d", "--quota", "some"), "'some' is not a size"),
+            (("set", "other", "--pin"), "error: no dataset is named 'other'"),
+        ):
+            failed = await shoal(*words)
+            assert failed.exit_code and sentence in failed.output
+        assert record == DatasetRecord.from_json(await it.get("/v1/datasets/d"))
+        async with refused(errors.InvalidRequest, "a quota of 9223372036854775808 bytes cannot be"):
+            await it.control.SetDataset(pb.SetDatasetRequest(name="d", quota_bytes=1 << 63))
 
     run(test)
 
@@ -374,6 +416,88 @@ def test_status_says_what_there_is_and_what_is_wrong(run: Callable[..., None], o
             "remove datasets",
             "dataset d asks for 3 replicas, but 1 node is up: it has 1",
         ]
+
+    run(test)
+
+
+def test_a_node_is_drained_watched_and_undrained(run: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_commands, "sleep", lambda seconds: time.sleep(0.01))
+    monkeypatch.setattr(node_commands, "STUCK_S", 0.1)
+
+    async def test(it: Running) -> None:
+        leaving, staying = await it.node("n1-a"), await it.node("n2")
+
+        async def shoal(*words: str) -> Result:
+            arguments = [*words, "--endpoint", f"http://{it.server.http_address}"]
+            return await asyncio.to_thread(CliRunner().invoke, cli.main, arguments)
+
+        for words, sentence in (
+            (("drain", "x"), "error: no cache node has an id that begins with 'x': 'shoal node list' shows those"),
+            (("drain", "n"), "error: 'n' means 2 nodes (n1-a, n2): write more of it"),
+            (("undrain", ""), "error: no cache node has an id that begins with ''"),
+        ):
+            failed = await shoal("node", *words)
+            assert failed.exit_code == 1 and sentence in failed.stderr
+        started = await shoal("node", "drain", "n1", "--no-wait")
+        assert started.stdout.startswith("node n1-a is draining: 'shoal node list' shows what is left")
+        last = await shoal("node", "drain", "n2")
+        assert last.exit_code == 1 and "node n2 is the only one that is up and owns shards" in last.stderr
+
+        await leaving.hear(lambda orders: orders.map.nodes[0].state == "draining")
+        late = await shoal("node", "drain", "n1", "--timeout", "0")
+        assert late.exit_code == 1
+        assert "node n1-a is not drained after 0 s: it is not known yet what is left to hand over" in late.stderr
+        await leaving.report(handover_bytes=3 << 30)
+        assert "draining, 3 GiB left" in (await shoal("status")).stdout
+        await staying.hear(lambda orders: orders.map.epoch == 3)
+        await staying.report(short_bytes=2 << 30)
+        stuck = await shoal("node", "drain", "n1", "--json")
+        assert stuck.exit_code == 1
+        assert "does not get on since 0.1 s: 3 GiB are left to hand over: node n2 lacks room for 2 GiB" in stuck.stderr
+        told = json.loads(stuck.stdout)
+        assert (told["id"], told["draining"], told["drained"], told["handover_bytes"]) == ("n1-a", True, False, 3 << 30)
+
+        await staying.report()
+        watching = asyncio.ensure_future(shoal("node", "drain", "n1"))
+        await asyncio.sleep(0.1)
+        assert not watching.done()
+        await leaving.report(handover_bytes=0)
+        done = await watching
+        assert (done.exit_code, done.stderr) == (0, "")
+        assert done.stdout == "drained node n1-a: other nodes hold all that it holds; it may be stopped\n"
+        assert [known["drained"] for known in json.loads((await shoal("node", "list", "--json")).stdout)] == [
+            True,
+            False,
+        ]
+
+        watching = asyncio.ensure_future(shoal("node", "drain", "n1"))
+        assert (await watching).exit_code == 0, "asking twice is asking once"
+        assert (await shoal("node", "undrain", "n1")).stdout == "node n1-a owns its share again\n"
+        assert (await shoal("node", "undrain", "n1")).stdout == "node n1-a was not draining: it is up\n"
+        await leaving.report(leaving=True)
+        down = await shoal("node", "drain", "n1")
+        assert (
+            down.exit_code == 1 and "is not drained and cannot be now: not all handed over: it is down" in down.stderr
+        )
+        assert "down, draining" in (await shoal("node", "list")).stdout
+
+    run(test)
+
+
+def test_ctrl_c_leaves_the_drain_going(run: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(node_commands, "sleep", interrupt)
+
+    async def test(it: Running) -> None:
+        await it.node("n1")
+        await it.node("n2")
+        words = ["node", "drain", "n1", "--endpoint", f"http://{it.server.http_address}"]
+        interrupted = await asyncio.to_thread(CliRunner().invoke, cli.main, words)
+        assert interrupted.exit_code == 130
+        assert interrupted.stderr.startswith("the drain goes on, 'shoal node list' shows how far it is")
+        assert (await it.control.GetStatus(pb.GetStatusRequest())).nodes[0].draining
 
     run(test)
 

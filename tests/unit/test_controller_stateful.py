@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from shoal.cluster_map import ClusterMap, NodeState
-from shoal.errors import Unavailable
-from shoal_controller.events import PrefetchCancelled, TimePassed
+from shoal.errors import DoesNotFit, NotFound, Unavailable
+from shoal_controller.events import DrainRequested, PrefetchCancelled, TimePassed, UndrainRequested
 from shoal_controller.model import MAX_FINISHED_JOBS, Job, JobState
 from tests.support.controller import POLICY, Cluster, dataset, node, share
 
@@ -30,6 +30,7 @@ class Controller(RuleBasedStateMachine):
         self.finished: dict[str, Job] = {}
         self.lease_ends_s: dict[str, float] = {}
         self.ids = 0
+        self.draining: set[str] = set()
 
     def hear(self, node_id: str) -> None:
         self.lease_ends_s[node_id] = self.cluster.now.monotonic_s + POLICY.lease_s
@@ -49,6 +50,29 @@ class Controller(RuleBasedStateMachine):
     def leave(self, node_id: str) -> None:
         self.cluster.report(node(node_id), is_leaving=True)
         self.lease_ends_s.pop(node_id, None)
+
+    @rule(node_id=NODES, force=st.booleans())
+    def drain(self, node_id: str, force: bool) -> None:
+        owners = {owner.id for owner in self.cluster.state.map.owners()}
+        before = self.cluster.state
+        try:
+            self.cluster.handle(DrainRequested(node_id, force))
+        except NotFound:
+            assert node_id not in before.members
+        except DoesNotFit:
+            assert owners == {node_id} and not force
+        else:
+            self.draining.add(node_id)
+            return
+        assert self.cluster.state is before
+
+    @rule(node_id=NODES)
+    def undrain(self, node_id: str) -> None:
+        try:
+            self.cluster.handle(UndrainRequested(node_id))
+        except NotFound:
+            assert node_id not in self.cluster.state.members
+        self.draining.discard(node_id)
 
     @rule(ahead=st.integers(0, 5))
     def report_a_greater_epoch(self, ahead: int) -> None:
@@ -139,6 +163,15 @@ class Controller(RuleBasedStateMachine):
         cluster_map, members = self.cluster.state.map, self.cluster.state.members
         assert [known.id for known in cluster_map.nodes] == sorted(members)
         assert all(members[known.id].node == known for known in cluster_map.nodes)
+
+    @invariant()
+    def who_was_asked_to_own_nothing_does_not_until_it_is_asked_otherwise_or_forgotten(self) -> None:
+        members = self.cluster.state.members
+        self.draining &= set(members)
+        assert {node_id for node_id, member in members.items() if member.is_draining} == self.draining
+        for known in self.cluster.state.map.nodes:
+            if known.state is not NodeState.DOWN:
+                assert (known.state is NodeState.DRAINING) == (known.id in self.draining)
 
     @invariant()
     def who_was_heard_within_a_lease_and_did_not_leave_is_not_down(self) -> None:

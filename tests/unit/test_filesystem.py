@@ -223,6 +223,12 @@ def test_no_endpoint_and_dead_endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path
         fsspec.filesystem("shoal", endpoint="nonsense", skip_instance_cache=True).ls("")
 
 
+def test_an_option_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"no storage option 'verfy'.*spelling"):
+        fsspec.filesystem("shoal", endpoint="http://127.0.0.1:1", verfy=False)
+    fsspec.filesystem("shoal", endpoint="http://127.0.0.1:1", use_listings_cache=False, skip_instance_cache=True)
+
+
 def test_pickles(fs: ShoalFileSystem) -> None:
     assert pickle.loads(pickle.dumps(fs)).cat_file("set/a.arrow") == b"1"
 

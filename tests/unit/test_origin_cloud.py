@@ -9,6 +9,7 @@ import pytest
 from shoal.errors import InvalidRequest
 from shoal.origin import cloud, open_origin
 from shoal.origin.objectstore import ObjectStoreOrigin
+from shoal.origin.patient import PatientOrigin
 
 
 @pytest.mark.parametrize(
@@ -49,14 +50,14 @@ def test_azure(options: dict[str, Any], account: str, config: dict[str, Any] | N
 
 def test_google_origin() -> None:
     origin = open_origin("gcs://bucket/p/", {"token": "anon"})
-    assert isinstance(origin, ObjectStoreOrigin)
+    assert isinstance(origin, PatientOrigin) and isinstance(origin.inner, ObjectStoreOrigin)
     assert (origin.url, origin.identity, origin.key_prefix) == ("gs://bucket/p", "gs://bucket", "p/")
 
 
 def test_an_azure_account_is_part_of_the_url() -> None:
     long = open_origin("abfs://c@acc.dfs.core.windows.net/p", {"anon": True})
     short = open_origin("az://c/p", {"account_name": "acc", "anon": True})
-    assert isinstance(long, ObjectStoreOrigin)
+    assert isinstance(long, PatientOrigin) and isinstance(long.inner, ObjectStoreOrigin)
     assert long.url == short.url == "abfs://c@acc.dfs.core.windows.net/p"
     assert long.identity == short.identity == "abfs://c@acc.dfs.core.windows.net"
 

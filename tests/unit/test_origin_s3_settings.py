@@ -9,6 +9,7 @@ import pytest
 from shoal.errors import InvalidRequest
 from shoal.origin import open_origin
 from shoal.origin.objectstore import ObjectStoreOrigin
+from shoal.origin.patient import PatientOrigin
 from shoal.origin.s3_settings import Settings, translate
 from shoal.origin.s3fs_reader import S3fsOrigin
 
@@ -103,14 +104,15 @@ def test_secrets_are_not_in_the_representation() -> None:
 def test_identities(endpoint: str, identity: str) -> None:
     options = {"key": "k", "secret": "s", "client_kwargs": {"region_name": "r", "endpoint_url": endpoint or None}}
     origin = open_origin("s3://b/p", options)
-    assert isinstance(origin, ObjectStoreOrigin)
+    assert isinstance(origin, PatientOrigin) and isinstance(origin.inner, ObjectStoreOrigin)
     assert (origin.identity, origin.key_prefix, origin.endpoint) == (identity, "p/", identity[7:])
     assert open_origin("s3://b/p", {**options, "reader": "s3fs"}).identity == identity
 
 
 def test_the_reader_follows_the_options() -> None:
     options = {"key": "k", "secret": "s", "endpoint_url": "http://h", "version_aware": True}
-    assert isinstance(open_origin("s3://b/p", options), S3fsOrigin)
+    opened = open_origin("s3://b/p", options)
+    assert isinstance(opened, PatientOrigin) and isinstance(opened.inner, S3fsOrigin)
     with pytest.raises(InvalidRequest, match="obstore cannot be told the storage options version_aware"):
         open_origin("s3://b/p", {**options, "reader": "obstore"})
     with pytest.raises(InvalidRequest, match="'reader' is 'boto3': for S3 write 'obstore' or 's3fs'"):

@@ -318,7 +318,8 @@ def test_node_that_dies_within_a_batch_is_passed_over(tmp_path: Path, monkeypatc
         requests = Requests(monkeypatch, fs)
         found = fs.cat_ranges([f"set/{path}" for path in paths], [3] * 30, [50] * 30, on_error="raise")
         assert found == [plain[path][3:50] for path in paths]
-        assert died.is_set() and requests.count("POST") == 3 and requests.count("GET") >= len(owned)
+        # Three owners, and what the dead one owned from one or both of the others.
+        assert died.is_set() and 4 <= requests.count("POST") <= 5
 
 
 # One range over several connections

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -144,7 +146,7 @@ def test_all_nodes_dead_is_one_sentence(tmp_path: Path) -> None:
 
 def test_new_owner_fills_from_the_old_one(tmp_path: Path) -> None:
     plain = content("x", 20_000)
-    with MiniCluster(tmp_path, {"o": plain}, nodes=3, part_size=64, shard_size=512) as cluster:
+    with MiniCluster(tmp_path, {"o": plain}, nodes=3, part_size=64, shard_size=512, rebalance_rate=0) as cluster:
         cluster.publish(absent=(2,))
         assert cluster.filesystem().cat_file("set/o") == plain
         cluster.publish()
@@ -179,6 +181,25 @@ def test_origin_that_is_down_or_changed_is_named(tmp_path: Path) -> None:
         cluster.origin.versions["p"] = "2"
         with pytest.raises(OriginChanged, match="dataset refresh"):
             fs.cat_file("set/p")
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_origin_that_fails_within_a_body_is_named(tmp_path: Path, nodes: int) -> None:
+    """Every node cuts the body behind the part that came: the reader is told of the origin, not of the nodes."""
+    with MiniCluster(tmp_path, {"o": b"x" * 65}, nodes=nodes) as cluster:
+        cluster.origin.reads_left = 1
+        assert cluster.filesystem().cat_file("set/o", 0, 1) == b"x"
+        for node in cluster.nodes:
+            cluster.run(node.fills.settle())
+        read = cluster.origin.read
+
+        def fail_late(*args: Any) -> bytes:
+            time.sleep(0.2)  # as a real one that is asked again: the part that is there is sent meanwhile
+            return read(*args)
+
+        cluster.origin.read = fail_late  # type: ignore[method-assign]
+        with pytest.raises(OriginUnavailable, match="the origin is down"):
+            cluster.filesystem().cat_file("set/o")
 
 
 def test_one_request_opens_the_large_shards_behind_it(tmp_path: Path) -> None:

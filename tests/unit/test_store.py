@@ -45,23 +45,40 @@ def read(store: Store, number: int) -> bytes | None:
 
 def crash(store: Store) -> None:
     """Let go of the directory as a killed process does: no clean mark."""
-    os.close(store._lock_fd)
+    os.close(store._data._lock_fd)
 
 
 def test_header_round_trip() -> None:
     header = ShardHeader.empty(1000, 64, 7)
     header.checksums[0], header.checksums[15] = 0, 2**64 - 1
-    assert ShardHeader.decode(header.encode()) == header
+    header.written_ns = 123
+    raw = header.encode(key(1))
+    assert ShardHeader.decode(raw, key(1)) == header
     assert not header.is_complete
-    for cut in range(len(header.encode())):
+    for cut in range(len(raw)):
         with pytest.raises(ShardCorrupt):
-            ShardHeader.decode(header.encode()[:cut])
+            ShardHeader.decode(raw[:cut], key(1))
+
+
+@pytest.mark.parametrize("byte", range(32 + 16 * 8 + 2))
+def test_header_with_a_changed_byte_is_none(byte: int) -> None:
+    header = ShardHeader.empty(1000, 64, 7)
+    header.checksums = list(range(16))
+    raw = bytearray(header.encode(key(1)))
+    raw[byte] ^= 1
+    with pytest.raises(ShardCorrupt):
+        ShardHeader.decode(bytes(raw), key(1))
+
+
+def test_header_of_another_shard_is_none() -> None:
+    with pytest.raises(ShardCorrupt, match="of another shard"):
+        ShardHeader.decode(ShardHeader.empty(1000, 64, 7).encode(key(1)), key(2))
 
 
 def test_largest_header_fits_an_ext4_attribute() -> None:
     from shoal.shards import MAX_SHARD_SIZE, PART_SIZE
 
-    assert len(ShardHeader.empty(MAX_SHARD_SIZE, PART_SIZE, 1).encode()) < 4000
+    assert len(ShardHeader.empty(MAX_SHARD_SIZE, PART_SIZE, 1).encode(key(1))) < 4000
 
 
 def test_sealed_shard_is_read_only_and_outlives_eviction(tmp_path: Path) -> None:

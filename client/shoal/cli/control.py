@@ -47,10 +47,26 @@ class Control:
         self._channel.close()
 
     def add_dataset(
-        self, name: str, origin: str, *, shard_size: int, replicas: int, storage_options: str
+        self,
+        name: str,
+        origin: str,
+        *,
+        shard_size: int,
+        replicas: int,
+        storage_options: str,
+        pinned: bool = False,
+        quota_bytes: int = 0,
+        direct: bool = False,
     ) -> pb.Dataset:
         request = pb.AddDatasetRequest(
-            name=name, origin=origin, shard_size=shard_size, replicas=replicas, storage_options=storage_options
+            name=name,
+            origin=origin,
+            shard_size=shard_size,
+            replicas=replicas,
+            storage_options=storage_options,
+            pinned=pinned,
+            quota_bytes=quota_bytes,
+            direct=direct,
         )
         answer: pb.Dataset = self._call("AddDataset", request, LISTING_TIMEOUT_S)
         return answer
@@ -65,6 +81,22 @@ class Control:
 
     def refresh_dataset(self, name: str) -> pb.Dataset:
         answer: pb.Dataset = self._call("RefreshDataset", pb.RefreshDatasetRequest(name=name), LISTING_TIMEOUT_S)
+        return answer
+
+    def set_dataset(
+        self,
+        name: str,
+        *,
+        replicas: int | None = None,
+        pinned: bool | None = None,
+        quota_bytes: int | None = None,
+        direct: bool | None = None,
+    ) -> pb.Dataset:
+        """Change what is not None."""
+        request = pb.SetDatasetRequest(
+            name=name, replicas=replicas, pinned=pinned, quota_bytes=quota_bytes, direct=direct
+        )
+        answer: pb.Dataset = self._call("SetDataset", request)
         return answer
 
     def remove_dataset(self, name: str) -> None:
@@ -97,6 +129,14 @@ class Control:
 
     def status(self) -> pb.Status:
         answer: pb.Status = self._call("GetStatus", pb.GetStatusRequest())
+        return answer
+
+    def drain_node(self, node_id: str, *, force: bool = False) -> pb.NodeStatus:
+        answer: pb.NodeStatus = self._call("DrainNode", pb.DrainNodeRequest(id=node_id, force=force))
+        return answer
+
+    def undrain_node(self, node_id: str) -> pb.NodeStatus:
+        answer: pb.NodeStatus = self._call("UndrainNode", pb.UndrainNodeRequest(id=node_id))
         return answer
 
     def _call(self, method: str, request: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:

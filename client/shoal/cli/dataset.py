@@ -29,6 +29,7 @@ ADD_EXAMPLES = """\b
 Examples:
   shoal dataset add flights s3://bucket/flights
   shoal dataset add photos ./photos --replicas 2
+  shoal dataset add evals s3://bucket/evals --pin --quota 500GiB
   shoal dataset add lab s3://lab/run7 --storage-options '{"endpoint_url": "http://minio:9000",
       "key": "env:LAB_KEY", "secret": "file:/run/secrets/lab"}'
 """
@@ -49,6 +50,15 @@ class StorageOptions(click.ParamType[str]):
         return str(value)
 
 
+class QuotaType(SizeType):
+    """A size, or "none" for 0 bytes."""
+
+    name = "size|none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return 0 if value == "none" else super().convert(value, param, ctx)
+
+
 @dataset.command(epilog=ADD_EXAMPLES)
 @click.argument("name")
 @click.argument("origin_url")
@@ -66,6 +76,11 @@ class StorageOptions(click.ParamType[str]):
     metavar="JSON",
     help="fsspec's options for the origin. A value may be env:NAME or file:PATH, read by the servers.",
 )
+@click.option("--pin", "pinned", is_flag=True, help="Never drop its shards to make room.")
+@click.option(
+    "--quota", "quota_bytes", type=QuotaType(), default="none", help="Share of the cluster's cache kept for it."
+)
+@click.option("--direct", is_flag=True, help="Clients with credentials may read the origin where no node answers.")
 @connect.endpoint_option
 @output.json_option
 def add(
@@ -74,6 +89,9 @@ def add(
     shard_size: int,
     replicas: int,
     storage_options: str,
+    pinned: bool,
+    quota_bytes: int,
+    direct: bool,
     endpoint: str | None,
     as_json: bool,
 ) -> None:
@@ -85,7 +103,14 @@ def add(
     origin = origin_of(origin_url)
     with connect.control(connect.cluster(endpoint)) as control:
         added = control.add_dataset(
-            name, origin, shard_size=shard_size, replicas=replicas, storage_options=storage_options
+            name,
+            origin,
+            shard_size=shard_size,
+            replicas=replicas,
+            storage_options=storage_options,
+            pinned=pinned,
+            quota_bytes=quota_bytes,
+            direct=direct,
         )
     known = records.dataset(added)
     if as_json:
@@ -136,6 +161,49 @@ def show(name: str, endpoint: str | None, as_json: bool) -> None:
         output.document(known)
     else:
         output.data(output.fields(records.dataset_fields(known)))
+
+
+SET_EXAMPLES = """\b
+Examples:
+  shoal dataset set flights --replicas 2
+  shoal dataset set flights --pin --quota 500GiB
+  shoal dataset set flights --no-pin --quota none --no-direct
+"""
+
+
+@dataset.command("set", epilog=SET_EXAMPLES)
+@click.argument("name")
+@click.option("--replicas", type=click.IntRange(min=1), help="Nodes that keep each shard.")
+@click.option("--pin/--no-pin", "pinned", default=None, help="Whether its shards are never dropped to make room.")
+@click.option("--quota", "quota_bytes", type=QuotaType(), help="Share of the cluster's cache kept for it.")
+@click.option("--direct/--no-direct", default=None, help="Whether clients may read the origin where no node answers.")
+@connect.endpoint_option
+@output.json_option
+def set_(
+    name: str,
+    replicas: int | None,
+    pinned: bool | None,
+    quota_bytes: int | None,
+    direct: bool | None,
+    endpoint: str | None,
+    as_json: bool,
+) -> None:
+    """Change how a dataset is kept. Its snapshots and what is cached of it stay.
+
+    With more replicas the nodes make the missing copies from each other, in the background.
+    """
+    datasets.check_name(name)
+    wanted = {"replicas": replicas, "pinned": pinned, "quota_bytes": quota_bytes, "direct": direct}
+    if all(value is None for value in wanted.values()):
+        raise click.UsageError("nothing is to be changed: give --replicas, --[no-]pin, --quota or --[no-]direct")
+    with connect.control(connect.cluster(endpoint)) as control:
+        known = records.dataset(
+            control.set_dataset(name, replicas=replicas, pinned=pinned, quota_bytes=quota_bytes, direct=direct)
+        )
+    if as_json:
+        output.document(known)
+    else:
+        output.data(f"{name}: {records.policy(known)}")
 
 
 REFRESH_EXAMPLES = """\b

@@ -38,6 +38,9 @@ def dataset(raw: pb.Dataset) -> Json:
         "cached_bytes": raw.cached_bytes,
         "storage_options": json.loads(raw.storage_options or "{}"),
         "adhoc": raw.adhoc,
+        "pinned": raw.pinned,
+        "quota_bytes": raw.quota_bytes,
+        "direct": raw.direct,
         "created_at": raw.created_at,
         "refreshed_at": raw.refreshed_at,
     }
@@ -72,6 +75,9 @@ def dataset_fields(known: Json) -> list[tuple[str, str]]:
         ("cached", f"{sizes.format(known['cached_bytes'])} ({percent_cached(known)})"),
         ("shard size", sizes.format(known["shard_size"])),
         ("replicas", str(known["replicas"])),
+        ("pinned", "yes" if known["pinned"] else "no"),
+        ("quota", _quota(known)),
+        ("direct reads", "allowed" if known["direct"] else "no"),
         ("snapshot", known["snapshot"]),
         *([("older snapshots", ", ".join(older))] if older else []),
         ("storage options", json.dumps(known["storage_options"])),
@@ -79,6 +85,22 @@ def dataset_fields(known: Json) -> list[tuple[str, str]]:
         ("created", known["created_at"]),
         ("refreshed", known["refreshed_at"]),
     ]
+
+
+def policy(known: Json) -> str:
+    """How a dataset is kept, in words."""
+    return ", ".join(
+        (
+            f"{known['replicas']} {'replica' if known['replicas'] == 1 else 'replicas'}",
+            "pinned" if known["pinned"] else "not pinned",
+            f"quota {_quota(known)}",
+            "direct reads allowed" if known["direct"] else "no direct reads",
+        )
+    )
+
+
+def _quota(known: Json) -> str:
+    return sizes.format(known["quota_bytes"]) if known["quota_bytes"] else "none"
 
 
 def percent_cached(known: Json) -> str:
@@ -129,6 +151,11 @@ def node(raw: pb.NodeStatus) -> Json:
         "condition": raw.condition,
         "seconds_since_report": round(raw.seconds_since_report, 3),
         "version": raw.version,
+        "handover_bytes": raw.handover_bytes if raw.HasField("handover_bytes") else None,
+        "short_bytes": raw.short_bytes,
+        "draining": raw.draining,
+        "drained": raw.drained,
+        "waits_for": raw.waits_for,
     }
 
 
@@ -141,7 +168,20 @@ def node_without_controller(known: Node) -> Json:
         "weight": known.weight,
         "topology": dict(known.topology),
     }
-    return mapped | dict.fromkeys(("used_bytes", "capacity_bytes", "condition", "seconds_since_report", "version"))
+    told = ("used_bytes", "capacity_bytes", "condition", "seconds_since_report", "version")
+    return mapped | dict.fromkeys((*told, "handover_bytes", "short_bytes", "draining", "drained", "waits_for"))
+
+
+def node_state(known: Json) -> str:
+    """The node's state for people: with what it has to hand over while it drains."""
+    if not known["draining"]:
+        return str(known["state"])
+    if known["drained"]:
+        return "drained"
+    if known["state"] == "down":
+        return "down, draining"
+    left = known["handover_bytes"]
+    return "draining" if left is None else f"draining, {sizes.format(left)} left"
 
 
 def node_row(known: Json) -> list[str]:
@@ -149,7 +189,7 @@ def node_row(known: Json) -> list[str]:
     return [
         known["id"],
         known["address"],
-        known["state"],
+        node_state(known),
         "?" if used is None else sizes.format(used),
         "?" if capacity is None else sizes.format(capacity),
         sizes.format(known["weight"]),

@@ -117,16 +117,16 @@ class DevCluster:
     @property
     def endpoint(self) -> str:
         """URL for ``SHOAL_ENDPOINT``: the controller's, which outlives any node."""
-        return f"http://{HOST}:{self._ports[1]}"
+        return f"http://{self.host_of('controller')}:{self._ports[1]}"
 
     @property
     def controller_grpc(self) -> str:
-        return f"{HOST}:{self._ports[0]}"
+        return f"{self.host_of('controller')}:{self._ports[0]}"
 
     @property
     def node_endpoints(self) -> list[str]:
         """URL of each node; each is a ``SHOAL_ENDPOINT`` too, and works without the controller."""
-        return [f"http://{HOST}:{port}" for port in self._ports[2:]]
+        return [f"http://{self.host_of(f'node-{index}')}:{port}" for index, port in enumerate(self._ports[2:])]
 
     @property
     def node_ids(self) -> list[str]:
@@ -141,6 +141,16 @@ class DevCluster:
     def environment(self, node: int = 0) -> dict[str, str]:
         """The variables with which a process is a client on the machine of one node."""
         return {"SHOAL_ENDPOINT": self.endpoint, "SHOAL_SOCKET": str(self.sockets[node])}
+
+    # What a subclass may have otherwise.
+
+    def host_of(self, name: str) -> str:
+        """The address that a process listens on, by its name."""
+        return HOST
+
+    def wrapper_of(self, name: str) -> Sequence[str]:
+        """The command that runs a process: one that becomes what it is given, as ``ip netns exec NAME`` does."""
+        return ()
 
     # What it does.
 
@@ -180,7 +190,7 @@ class DevCluster:
         return node
 
     def wait_until_joined(self) -> None:
-        """Wait until the controller and all running nodes hold a map in which all running nodes are up.
+        """Wait until the controller and all running nodes hold a map in which no running node is down.
 
         Raises:
             ShoalError: they do not within `ready_timeout_s`.
@@ -254,7 +264,7 @@ class DevCluster:
         if len(os.fsencode(self.data_dir / "node-000.sock")) > _MAX_SOCKET_PATH:
             self._socket_dir = self._temporary_dir("/tmp")
         self._spawner = ThreadPoolExecutor(1, thread_name_prefix="spawner")
-        listen = ["--grpc-listen", self.controller_grpc, "--http-listen", f"{HOST}:{self._ports[1]}"]
+        listen = ["--grpc-listen", self.controller_grpc, "--http-listen", self.endpoint.removeprefix("http://")]
         adhoc = [part for prefix in self._allow_adhoc for part in ("--allow-adhoc", prefix)]
         self.controller = self._server(
             "controller",
@@ -268,7 +278,7 @@ class DevCluster:
         name = f"node-{index}"
         self.sockets.append(self._socket_dir / f"{name}.sock")
         own = ["--data-dir", str(self.data_dir / name), "--controller", self.controller_grpc]
-        own += ["--listen", f"{HOST}:{self._ports[2 + index]}", "--socket", str(self.sockets[index])]
+        own += ["--listen", f"{self.host_of(name)}:{self._ports[2 + index]}", "--socket", str(self.sockets[index])]
         # Nodes of one machine stand for machines, so that replicas spread over them.
         own += ["--capacity", capacity, "--topology", f"host={name}"]
         return self._server(name, "shoal_cachenode", [*own, *args])
@@ -280,6 +290,7 @@ class DevCluster:
             module,
             args,
             log_path=self.data_dir / "log" / f"{name}.log",
+            wrapper=self.wrapper_of(name),
             env=self._env,
             spawner=self._spawner,
             on_death=self.deaths.put,
@@ -298,7 +309,7 @@ class DevCluster:
         except ShoalError:
             return False
         known = ClusterMap.from_json(json.dumps(json.loads(answer.body)["map"]))
-        return wanted <= {node.id for node in known.nodes if node.state is NodeState.UP}
+        return wanted <= {node.id for node in known.nodes if node.state is not NodeState.DOWN}
 
     def _choose_ports(self) -> list[int]:
         """The ports of the last start over this directory where they are still free, else new ones."""

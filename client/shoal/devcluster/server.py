@@ -54,6 +54,7 @@ class ServerProcess:
         spawner: Executor,
         on_death: Callable[[Death], None],
         ready_timeout_s: float,
+        wrapper: Sequence[str] = (),
     ) -> None:
         """Describe the server; `start` starts it.
 
@@ -63,10 +64,11 @@ class ServerProcess:
             spawner: runs the fork. The kernel takes the end of the *thread* that forked for the end of the parent
                 (prctl(2), PR_SET_PDEATHSIG), so this is one thread that lives as long as the cluster.
             on_death: called on a thread of this object when the server ends unasked after it was ready.
+            wrapper: a command that becomes the rest of its command line.
         """
         self.name = name
         self.log_path = log_path
-        self._command = [sys.executable, "-m", "shoal.devcluster.child", str(os.getpid()), module, *args]
+        self._command = [*wrapper, sys.executable, "-m", "shoal.devcluster.child", str(os.getpid()), module, *args]
         self._env = dict(env)
         self._spawner = spawner
         self._on_death = on_death

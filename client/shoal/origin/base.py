@@ -8,8 +8,8 @@ module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, NoReturn, Protocol, Self
 
 import tenacity
 
@@ -51,25 +51,71 @@ class Deadlines:
     Attributes:
         contact_s: for the first answer while listing, where a person waits for ``shoal dataset add``.
         read_s: for each read, and for each further page of a listing.
+        tries: attempts of one read or page, at most; with `read_s` the bound on what an origin in trouble is asked.
     """
 
     contact_s: float = 10.0
     read_s: float = 20.0
     connect_s: float = 3.0
     idle_s: float = 8.0
+    tries: int = 12
+
+    @classmethod
+    def parse(cls, raw: object) -> Self:
+        """From the storage option ``patience``: ``{"read_s": 60, "tries": 30}``; what is not named has its default.
+
+        Raises:
+            InvalidRequest: it is something else.
+        """
+        names = [each.name for each in fields(cls)]
+        if not isinstance(raw, dict) or not raw.keys() <= set(names):
+            raise InvalidRequest(
+                f"the storage option 'patience' is {raw!r}: write an object with any of {', '.join(names)}"
+            )
+        for name, value in raw.items():
+            is_number = isinstance(value, int if name == "tries" else int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value < 86_400:
+                raise InvalidRequest(f"'{name}' in the storage option 'patience' is {value!r}: write a positive number")
+        return cls(**raw)
 
     def retry_s(self, deadline_s: float) -> float:
         """How long after its start an operation with `deadline_s` may begin another attempt."""
         return max(deadline_s - self.idle_s, 0.0)
 
     def attempts(self, deadline_s: float) -> tenacity.Retrying:
-        """A retry loop for `OriginUnavailable`: exponential waits of 0.1 to 2 s with full jitter."""
+        """A retry loop for `OriginUnavailable`: exponential waits of 0.1 to 2 s with full jitter, or what it asks for.
+
+        What the last attempt raised is raised with how often it was tried. An origin that asks for a wait beyond the
+        deadline is not waited for.
+        """
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(OriginUnavailable),
-            wait=tenacity.wait_random_exponential(multiplier=0.1, max=2),
-            stop=tenacity.stop_before_delay(self.retry_s(deadline_s)),
-            reraise=True,
+            wait=_wait_s,
+            stop=tenacity.stop_any(
+                tenacity.stop_before_delay(self.retry_s(deadline_s)), tenacity.stop_after_attempt(self.tries)
+            ),
+            retry_error_callback=_gave_up,
         )
+
+
+_JITTER = tenacity.wait_random_exponential(multiplier=0.1, max=2)
+
+
+def _wait_s(state: tenacity.RetryCallState) -> float:
+    return max(_JITTER(state), _error_of(state).retry_after_s)
+
+
+def _gave_up(state: tenacity.RetryCallState) -> NoReturn:
+    error = _error_of(state)
+    count = state.attempt_number
+    tried = f"tried {count} times in {state.seconds_since_start or 0:.0f} s" if count > 1 else "tried once"
+    raise OriginUnavailable(f"{error}; {tried}", is_busy=error.is_busy, retry_after_s=error.retry_after_s) from error
+
+
+def _error_of(state: tenacity.RetryCallState) -> OriginUnavailable:
+    error = state.outcome.exception() if state.outcome is not None else None
+    assert isinstance(error, OriginUnavailable), "nothing else is retried"
+    return error
 
 
 class Origin(Protocol):
@@ -123,9 +169,9 @@ class Origin(Protocol):
         """Hand bytes [start, end) of `version` to `sink` as they come, in order, without a gap and each once. Blocks.
 
         `sink` is called in the calling thread, the first time as soon as some bytes are here. Pieces are of 1 MiB at
-        most, but for origins that can be checked only whole: those hand over the range in one piece. A failure in the
-        middle is retried from the byte reached, at the same version, until the deadline of a read, which starts with
-        the call; the time that `sink` takes is part of it. What `sink` raises goes through unchanged and ends the read.
+        most, but for origins that can be checked only whole: those hand over the range in one piece. One attempt: after
+        a failure in the middle `sink` has had the beginning, and `shoal.origin.patient` asks for the rest. What `sink`
+        raises goes through unchanged and ends the read.
 
         Raises:
             OriginChanged: as `read`. Bytes of `version` may have been handed over before, of another never.

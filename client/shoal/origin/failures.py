@@ -6,6 +6,7 @@ which of `shoal.errors` that is, so that every reader of one service gives the s
 
 from __future__ import annotations
 
+import email.utils
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -51,6 +52,10 @@ _WORDS = (
 )
 
 
+#: The reasons of those above that tell of a service that is swamped or away, rather than of one bad connection.
+_SILENT = {"connection refused", "no answer in time", "no connection"}
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A failed request.
@@ -59,11 +64,13 @@ class Failure:
         status: of the HTTP answer; 0 where there was none.
         code: the service's own name of the error; "" where it gave none.
         reason: a few words, for a failure without an answer.
+        retry_after_s: from the answer's Retry-After; 0 where there is none.
     """
 
     status: int = 0
     code: str = ""
     reason: str = ""
+    retry_after_s: float = 0.0
 
     def __str__(self) -> str:
         if not self.status:
@@ -105,10 +112,15 @@ def to_error(failure: Failure, *, url: str, bucket: str, service: str) -> ShoalE
     if status == 0:
         return OriginUnavailable(
             f"{service} does not answer for {url} ({failure}): check the endpoint in the storage options, and that the "
-            "service runs"
+            "service runs",
+            is_busy=failure.reason in _SILENT,
         )
     if status in (408, 425, 429) or (status >= 500 and status != 501) or code in _BUSY:
-        return OriginUnavailable(f"{service} keeps failing for {url} ({failure}): it is overloaded or down, try later")
+        return OriginUnavailable(
+            f"{service} keeps failing for {url} ({failure}): it is overloaded or down, try later",
+            is_busy=status in (429, 503) or code in _BUSY,
+            retry_after_s=failure.retry_after_s,
+        )
     return OriginError(f"{service} refused the request for {url} ({failure}): check the URL and the storage options")
 
 
@@ -127,3 +139,18 @@ def words_for(texts: Iterable[object]) -> str:
         if sign in everything:
             return words
     return described[0].partition("\n")[0].strip() if described else ""
+
+
+def retry_after_s(header: str | None, *, now_s: float) -> float:
+    """Seconds to wait by a Retry-After header (RFC 9110, 10.2.3): a number or a date; 0 where it says nothing useful.
+
+    Args:
+        now_s: the time of now, as `time.time` gives it.
+    """
+    text = (header or "").strip()
+    if text.isascii() and text.isdigit() and len(text) < 10:
+        return float(text)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - now_s)
+    except (ValueError, TypeError, OverflowError):
+        return 0.0

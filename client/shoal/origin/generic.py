@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -189,11 +190,10 @@ class GenericOrigin:
         """See `Origin.stream`. One piece, since the version is known after the bytes and each look-up is a request."""
         url = urls.join(self.url, path)
         name = f"{self._root.rstrip('/')}/{path}" if path else self._root
-
-        def attempt(reached: int) -> pieces.Pieces:
-            return self._pieces(url, name, version, reached, end)
-
-        pieces.stream(attempt, start, end, sink, url=url, service=self._service, deadlines=self._deadlines)
+        base.check_range(url, start, end)
+        if start < end:
+            found = self._pieces(url, name, version, start, end)
+            pieces.stream(found, start, end, sink, url=url, service=self._service)
 
     def _pieces(self, url: str, name: str, version: str, start: int, end: int) -> pieces.Pieces:
         try:
@@ -250,7 +250,9 @@ def to_error(error: Exception, *, url: str, service: str) -> ShoalError:
     for each in chain:
         status = getattr(each, "status", None)
         if isinstance(status, int):
-            return failures.to_error(failures.Failure(status), url=url, bucket=service, service=service)
+            header = (getattr(each, "headers", None) or {}).get("Retry-After")
+            failure = failures.Failure(status, retry_after_s=failures.retry_after_s(header, now_s=time.time()))
+            return failures.to_error(failure, url=url, bucket=service, service=service)
     if any(isinstance(each, ConnectionError | TimeoutError) or _is_client_error(each) for each in chain):
         reason = failures.words_for(chain)
         return failures.to_error(failures.Failure(reason=reason), url=url, bucket=service, service=service)

@@ -189,17 +189,15 @@ class ObjectStoreOrigin:
         base.check_range(url, start, end)
         if start == end:
             return b""
-        attempts = self._deadlines.attempts(self._deadlines.read_s)
-        return attempts(self._whole, url, base.key_path(self.key_prefix, path), version, start, end)
+        return self._whole(url, base.key_path(self.key_prefix, path), version, start, end)
 
     def stream(self, path: str, version: str, start: int, end: int, sink: Sink) -> None:
         """See `Origin.stream`."""
         url, key = urls.join(self.url, path), base.key_path(self.key_prefix, path)
-
-        def attempt(reached: int) -> pieces.Pieces:
-            return self._pieces(url, key, version, reached, end)
-
-        pieces.stream(attempt, start, end, sink, url=url, service=self._service, deadlines=self._deadlines)
+        base.check_range(url, start, end)
+        if start < end:
+            found = self._pieces(url, key, version, start, end)
+            pieces.stream(found, start, end, sink, url=url, service=self._service)
 
     def _whole(self, url: str, key: str, version: str, start: int, end: int) -> Buffer:
         with self._answer(url, key, version, start, end) as answer:

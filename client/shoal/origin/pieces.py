@@ -1,7 +1,7 @@
-"""The bytes of one range as pieces: in order, without a gap, each once, whatever fails on the way.
+"""The bytes of one range as pieces: in order, without a gap, each once.
 
-An origin describes one attempt, a generator of the pieces from some byte on. What every origin shares is here: an
-attempt that fails is followed by another from the byte reached, and pieces are counted.
+An origin describes one attempt, a generator of the pieces from some byte on. What every origin shares is here: pieces
+are counted, so that fewer or more than were asked for are an error.
 
 The rule: pieces are pulled out of the attempt and the sink is called outside of it, so that an error of the sink is
 never taken for one of the origin, and an attempt is closed, its connection with it, however the read ends.
@@ -10,13 +10,13 @@ never taken for one of the origin, and an attempt is closed, its connection with
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from shoal import memory
 from shoal.errors import OriginError
 from shoal.origin import base
-from shoal.origin.base import Deadlines, Origin, Sink
+from shoal.origin.base import Origin, Sink
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -39,42 +39,22 @@ def hand_over(pieces: Pieces, sink: Sink) -> None:
             sink(piece)
 
 
-def stream(
-    attempt: Callable[[int], Pieces],
-    start: int,
-    end: int,
-    sink: Sink,
-    *,
-    url: str,
-    service: str,
-    deadlines: Deadlines,
-) -> None:
-    """`Origin.stream` where attempts may fail. `attempt` gives the pieces from some byte to `end`, as far as they come.
+def stream(pieces: Pieces, start: int, end: int, sink: Sink, *, url: str, service: str) -> None:
+    """Give `sink` the pieces of [start, end), and no byte more: one attempt of `Origin.stream`.
 
     Raises:
-        OriginUnavailable: attempts failed, or ended early, until the deadline of a read.
+        OriginUnavailable: fewer came, so that another attempt is worth it.
         OriginError: more came than was asked for, so that nobody knows which bytes they are.
     """
-    base.check_range(url, start, end)
-    if start < end:
-        hand_over(_retried(attempt, start, end, url=url, service=service, deadlines=deadlines), sink)
-
-
-def _retried(
-    attempt: Callable[[int], Pieces], start: int, end: int, *, url: str, service: str, deadlines: Deadlines
-) -> Pieces:
     reached = start
-    for each in deadlines.attempts(deadlines.read_s):
-        with each:
-            began = reached
-            with contextlib.closing(attempt(began)) as pieces:
-                for piece in pieces:
-                    if reached + len(piece) > end:
-                        raise OriginError(f"{service} sent more of {url} than the {end - began} bytes asked for")
-                    reached += len(piece)
-                    yield piece
-            if reached < end:
-                raise base.wrong_length(url, reached - began, end - began, service)
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            if reached + len(piece) > end:
+                raise OriginError(f"{service} sent more of {url} than the {end - start} bytes asked for")
+            reached += len(piece)
+            sink(piece)
+    if reached < end:
+        raise base.wrong_length(url, reached - start, end - start, service)
 
 
 def collected(origin: Origin, path: str, version: str, start: int, end: int) -> Buffer:

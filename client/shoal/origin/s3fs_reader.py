@@ -8,6 +8,7 @@ The rule is obstore's: a version is an ETag, and each read carries it as If-Matc
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +78,10 @@ class S3fsOrigin:
     def stream(self, path: str, version: str, start: int, end: int, sink: Sink) -> None:
         """See `Origin.stream`. A body taken as it comes costs less than one that aiohttp puts together."""
         url, key = urls.join(self.url, path), base.key_path(self.key_prefix, path)
-
-        def attempt(reached: int) -> pieces.Pieces:
-            return self._pieces(url, key, version, reached, end)
-
-        pieces.stream(attempt, start, end, sink, url=url, service=self._service, deadlines=self._deadlines)
+        base.check_range(url, start, end)
+        if start < end:
+            found = self._pieces(url, key, version, start, end)
+            pieces.stream(found, start, end, sink, url=url, service=self._service)
 
     def _pieces(self, url: str, key: str, version: str, start: int, end: int) -> pieces.Pieces:
         loop = self._filesystem.loop
@@ -160,8 +160,11 @@ def to_error(error: Exception, *, url: str, bucket: str, service: str) -> ShoalE
     for each in causes:
         if isinstance(each, botocore.exceptions.ClientError):
             code = str(each.response.get("Error", {}).get("Code", ""))
-            status = int(each.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-            failure = failures.Failure(status, "" if code.isdigit() else code)
+            answer = each.response.get("ResponseMetadata", {})
+            wait_s = failures.retry_after_s(answer.get("HTTPHeaders", {}).get("retry-after"), now_s=time.time())
+            failure = failures.Failure(
+                int(answer.get("HTTPStatusCode", 0)), "" if code.isdigit() else code, retry_after_s=wait_s
+            )
             return failures.to_error(failure, url=url, bucket=bucket, service=service)
         if isinstance(each, botocore.exceptions.NoCredentialsError):
             return failures.to_error(

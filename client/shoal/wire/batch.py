@@ -25,7 +25,8 @@ MAX_RANGE_BYTES = 256 << 10
 
 _RANGE = np.dtype([("row", "<u4"), ("index", "<u4"), ("start", "<u4"), ("length", "<u4")])
 _SUM = np.dtype("<u8")
-MAX_REQUEST_BYTES = MAX_RANGES * _RANGE.itemsize
+RANGE_ITEM_BYTES = _RANGE.itemsize
+MAX_REQUEST_BYTES = MAX_RANGES * RANGE_ITEM_BYTES
 SUM_BYTES = _SUM.itemsize
 
 

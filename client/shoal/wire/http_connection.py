@@ -1,7 +1,7 @@
 """One connection of the HTTP server: requests in, responses out, file bytes by ``sendfile``.
 
 Memory a connection is bounded by `MAX_HEAD`, the largest body that is taken, and the response in flight; a slow reader
-of a file holds a file position, not bytes.
+of a file holds a file position, not bytes. What all bodies on their way may hold together is `Bodies`.
 
 The rule: a response's body is sent whole or the connection closes, so a reader that got all of Content-Length got the
 right bytes.
@@ -12,19 +12,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import errno
+import fcntl
 import os
 import socket
+import struct
+import termios
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from urllib.parse import parse_qsl, unquote
 
 import httptools
 
-from shoal.errors import ShoalError
-from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
+from shoal.errors import InvalidRequest, Overloaded, ShoalError
+from shoal.wire.http_messages import Buffer, FileSlice, Request, Rescue, Response
 
 MAX_HEAD = 16 << 10
 #: Bytes handed to one sendfile call: enough to amortise the call, small enough to share the loop.
@@ -32,36 +36,62 @@ SENDFILE_STRIDE = 1 << 20
 #: A body of which so much is left is worth a thread of `Senders`, which sends so much of it at a time.
 BULK_BYTES = 4 << 20
 OFFLOAD_BYTES = 32 << 20
-#: A connection that neither asks nor takes bytes for so long is closed.
+#: A connection that does not ask for so long is closed.
 IDLE_TIMEOUT_S = 120.0
+#: From the first byte of a request to its last: who sends slower is not served.
+REQUEST_TIMEOUT_S = 20.0
+#: A peer that takes no byte of its answer for so long is cut off; one that takes some is not.
 SEND_STALL_TIMEOUT_S = 60.0
 LINGER_S = 2.0
 
 
 class BadRequest(Exception):
-    """The bytes received are no HTTP request that this server takes."""
+    """The bytes received are no HTTP request that this server takes: the connection closes after the answer."""
 
-    def __init__(self, sentence: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
+    def __init__(
+        self, sentence: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST, kind: type[ShoalError] = InvalidRequest
+    ) -> None:
         super().__init__(sentence)
         self.status = status
+        self.error = kind(sentence)
+
+
+class Bodies:
+    """Bytes of request bodies that are on their way in, of all connections of a server.
+
+    Args:
+        limit_bytes: what they may hold together.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
 
 
 class _Head:
     """Collects httptools' callbacks for one request."""
 
-    def __init__(self, ready: deque[tuple[Request, bool]], is_local: bool, max_body: int) -> None:
+    def __init__(self, ready: deque[tuple[Request, bool]], is_local: bool, max_body: int, bodies: Bodies) -> None:
         self.parser = httptools.HttpRequestParser(self)
         self._ready = ready
         self._is_local = is_local
         self._max_body = max_body
+        self._bodies = bodies
+        self._body_bytes = 0
         self.on_message_begin()
+        self.is_under_way = False
 
     def on_message_begin(self) -> None:
         self._url = b""
         self._headers: dict[str, str] = {}
         self._body: list[bytes] = []
+        self.is_complete = False  # the head
+        self.is_under_way = True  # the request
+
+    def release_body(self) -> None:
+        """The body is somebody else's to account for, or will never be whole."""
+        self._bodies.held_bytes -= self._body_bytes
         self._body_bytes = 0
-        self.is_complete = False
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -74,15 +104,24 @@ class _Head:
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
+        self._bodies.held_bytes += len(body)
         if self._body_bytes > self._max_body:
             if not self._max_body:
                 raise BadRequest("a request body is not served here")
             raise BadRequest(
                 f"a request body has at most {self._max_body} bytes here", HTTPStatus.REQUEST_ENTITY_TOO_LARGE
             )
+        if self._bodies.held_bytes > self._bodies.limit_bytes:
+            self.release_body()
+            sentence = f"request bodies hold all of {self._bodies.limit_bytes} bytes here: ask again in a moment"
+            raise BadRequest(sentence, HTTPStatus.SERVICE_UNAVAILABLE, Overloaded)
         self._body.append(body)
 
     def on_message_complete(self) -> None:
+        self.is_under_way = False
+        self.release_body()
+        if self.parser.get_http_version() not in ("1.1", "1.0"):
+            raise BadRequest("only HTTP/1.1 is served here", HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
         try:
             url = httptools.parse_url(self._url)
             path, query = url.path.decode("ascii"), (url.query or b"").decode("ascii")
@@ -127,20 +166,53 @@ class Senders:
 class Connection:
     """One socket: requests in, responses out."""
 
-    def __init__(self, sock: socket.socket, *, is_local: bool, max_body: int, senders: Senders) -> None:
+    def __init__(self, sock: socket.socket, *, is_local: bool, max_body: int, bodies: Bodies, senders: Senders) -> None:
         self._sock = sock
         self._senders = senders
         self._loop = asyncio.get_running_loop()
         self._ready: deque[tuple[Request, bool]] = deque()
-        self._head = _Head(self._ready, is_local, max_body)
+        self._head = _Head(self._ready, is_local, max_body, bodies)
         self._unparsed = 0
+        self._began_s = 0.0  # the request that is under way
+        self._is_late = False
         self.keep_alive = True
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing was asked that is not answered, nor is being asked. Of use while `next_request` waits."""
+        return not self._ready and not self._head.is_under_way
+
+    def close(self) -> None:
+        self._head.release_body()
+        self._sock.close()
+
+    def shut(self) -> None:
+        """End the connection from outside: whoever waits for it sees its end."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the peer was faster
+
     async def next_request(self) -> Request | None:
-        """The next request, or None where the peer closed the connection between two."""
+        """The next request, or None where the peer closed the connection or asked nothing for long.
+
+        Raises:
+            BadRequest: what came is no request, or did not come in time.
+        """
         while not self._ready:
-            with self._limit(IDLE_TIMEOUT_S):
-                data = await self._loop.sock_recv(self._sock, MAX_HEAD)
+            if self._head.is_under_way:
+                left_s = self._began_s + REQUEST_TIMEOUT_S - self._loop.time()
+                with self._limit(max(left_s, 0.0), self._stop_listening):
+                    data = await self._loop.sock_recv(self._sock, MAX_HEAD)
+                if self._is_late:
+                    raise BadRequest(
+                        f"the request was not here {REQUEST_TIMEOUT_S:.0f} s after its first byte",
+                        HTTPStatus.REQUEST_TIMEOUT,
+                    )
+            else:
+                with self._limit(IDLE_TIMEOUT_S, self.shut):
+                    data = await self._loop.sock_recv(self._sock, MAX_HEAD)
+                self._began_s = self._loop.time()
             if not data:
                 return None
             if not self._head.is_complete:
@@ -186,7 +258,7 @@ class Connection:
         """After a last word: read on for a moment, because closing with bytes unread would take the word back."""
         try:
             self._sock.shutdown(socket.SHUT_WR)
-            with self._limit(LINGER_S):
+            with self._limit(LINGER_S, self.shut):
                 while await self._loop.sock_recv(self._sock, MAX_HEAD):
                     pass
         except OSError:
@@ -256,6 +328,7 @@ class Connection:
     async def _send_file(self, piece: FileSlice) -> None:
         offset, left = piece.offset, piece.length
         out = self._sock.fileno()
+        has_warmed = False
         while left:
             stride = min(left, SENDFILE_STRIDE)
             is_ready = is_resident(piece.fd, offset, stride)
@@ -267,48 +340,98 @@ class Connection:
                         )
                     finally:
                         self._senders.give_back()
-                elif is_ready:
+                elif is_ready or (piece.rescue is not None and await piece.rescue.warm(offset, stride)):
                     sent = os.sendfile(out, piece.fd, offset, stride)
+                elif piece.rescue is not None:
+                    await self._send_rest(piece.rescue, offset, left)
+                    return
                 else:
                     # Reading the disk would hold up everybody on the loop, so that read happens in a thread.
                     sent = await _finish(self._loop.run_in_executor(None, os.sendfile, out, piece.fd, offset, stride))
             except BlockingIOError:
                 await self._writable()
                 continue
+            except OSError as error:
+                if error.errno != errno.EIO:  # which is the drive's, not the socket's
+                    raise
+                sent = 0
             if sent == 0:
-                raise ShoalError(f"a file ended {left} bytes early")
+                if piece.rescue is None or has_warmed:
+                    raise ShoalError(f"a file cannot be read or ended {left} bytes early")
+                has_warmed = True
+                if not await piece.rescue.warm(offset, stride):
+                    await self._send_rest(piece.rescue, offset, left)
+                    return
             offset += sent
             left -= sent
             if sent >= stride and left:
                 await asyncio.sleep(0)  # a fast reader must not keep the loop from the others
 
+    async def _send_rest(self, rescue: Rescue, start: int, length: int) -> None:
+        pieces = rescue.rest(start, start + length)
+        try:
+            await self._send_stream(pieces, length)
+        finally:
+            await _close(pieces)
+
     async def _writable(self) -> None:
         future: asyncio.Future[None] = self._loop.create_future()
         fd = self._sock.fileno()
         self._loop.add_writer(fd, _set_done, future)
+        stall = _Stall(self)
         try:
-            with self._limit(SEND_STALL_TIMEOUT_S):
-                await future
+            await future
         finally:
+            stall.cancel()
             self._loop.remove_writer(fd)
 
+    def unsent_bytes(self) -> int:
+        """Bytes in the socket's buffer that the peer has not taken (tcp(7), SIOCOUTQ)."""
+        count: int = struct.unpack("i", fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4)))[0]
+        return count
+
+    def _stop_listening(self) -> None:
+        self._is_late = True
+        try:
+            self._sock.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass  # the peer was faster
+
     @contextlib.contextmanager
-    def _limit(self, timeout_s: float) -> Iterator[None]:
-        """Shut the socket when this takes longer, so that whoever waits for it sees its end.
+    def _limit(self, timeout_s: float, then: Callable[[], None]) -> Iterator[None]:
+        """Call `then` when this takes longer.
 
         Instead of `asyncio.timeout`, whose cost is a tenth of a small request's.
         """
-        timer = self._loop.call_later(timeout_s, self._shut)
+        timer = self._loop.call_later(timeout_s, then)
         try:
             yield
         finally:
             timer.cancel()
 
-    def _shut(self) -> None:
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the peer was faster
+
+class _Stall:
+    """Shuts a connection whose peer takes nothing for `SEND_STALL_TIMEOUT_S`.
+
+    A socket may be full for minutes while a slow peer takes bytes all the time, so it is the bytes that are looked at.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._unsent = connection.unsent_bytes()
+        self._timer = self._loop.call_later(SEND_STALL_TIMEOUT_S, self._look)
+
+    def _look(self) -> None:
+        unsent = self._connection.unsent_bytes()
+        if unsent >= self._unsent:
+            self._connection.shut()
+            return
+        self._unsent = unsent
+        self._timer = self._loop.call_later(SEND_STALL_TIMEOUT_S, self._look)
+
+    def cancel(self) -> None:
+        self._timer.cancel()
 
 
 def _send(out: int, fd: int, offset: int, left: int) -> int:

@@ -19,6 +19,7 @@ _STATUS: tuple[tuple[type[ShoalError], HTTPStatus], ...] = (
     (errors.OriginChanged, HTTPStatus.CONFLICT),
     (errors.OriginError, HTTPStatus.BAD_GATEWAY),
     (errors.NotCached, HTTPStatus.GATEWAY_TIMEOUT),
+    (errors.DeadlineExceeded, HTTPStatus.GATEWAY_TIMEOUT),
     (errors.Overloaded, HTTPStatus.SERVICE_UNAVAILABLE),
     (errors.Unavailable, HTTPStatus.SERVICE_UNAVAILABLE),
     (ShoalError, HTTPStatus.INTERNAL_SERVER_ERROR),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 Buffer = bytes | bytearray | memoryview
 
@@ -20,14 +21,30 @@ class Request:
     body: bytes = b""
 
 
+class Rescue(Protocol):
+    """What a server does about a file that its drive may not give."""
+
+    async def warm(self, offset: int, length: int) -> bool:
+        """Bring bytes [offset, offset + length) of the file into the page cache; False where the drive fails to."""
+        ...
+
+    def rest(self, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
+        """The same bytes [start, end) from elsewhere."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class FileSlice:
-    """Bytes [offset, offset + length) of an open file. `release` is called once when the server is done with it."""
+    """Bytes [offset, offset + length) of an open file. `release` is called once when the server is done with it.
+
+    With a `rescue` the bytes come from elsewhere where the drive fails or hangs, in the middle of a body too.
+    """
 
     fd: int
     offset: int
     length: int
     release: Callable[[], None] | None = None
+    rescue: Rescue | None = None
 
     def done(self) -> None:
         if self.release is not None:

@@ -38,8 +38,12 @@ class ClusterView(Protocol):
         """The dataset over `url` and the path in it; None, or a `DatasetNotFound` that says what to type."""
         ...
 
-    async def snapshot_path(self, digest: str) -> Path:
+    async def snapshot_path(self, digest: str, *, may_fetch: bool) -> Path:
         """The file of a snapshot. Raises SnapshotNotFound."""
+        ...
+
+    def stalled(self) -> str | None:
+        """None while whatever is asked of this process can be answered; else a sentence (docs/wire.md, "Probes")."""
         ...
 
     def ready(self) -> str | None:
@@ -78,6 +82,9 @@ def make_handler(
                 return _json(_dataset(view, unquote(name)).to_dict())
             case ["v1", "resolve"]:
                 return await _resolve(view, request)
+            case ["v1", "alive"]:
+                stalled = view.stalled()
+                return _text(503 if stalled else 200, stalled or "alive")
             case ["healthz"]:
                 return _text(200, "ok")
             case ["readyz"]:
@@ -131,7 +138,7 @@ def not_registered(url: str) -> str:
 
 
 async def _snapshot(view: ClusterView, request: Request, digest: str) -> Response:
-    path = await view.snapshot_path(datasets.check_digest(digest))
+    path = await view.snapshot_path(datasets.check_digest(digest), may_fetch="via" not in request.headers)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size_bytes = os.fstat(fd).st_size

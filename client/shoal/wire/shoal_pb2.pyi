@@ -36,7 +36,7 @@ class ClusterMap(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ...) -> None: ...
 
 class Dataset(_message.Message):
-    __slots__ = ("name", "origin", "shard_size", "replicas", "snapshot", "objects", "bytes", "snapshots", "created_at", "refreshed_at", "cached_bytes", "storage_options", "adhoc", "endpoint")
+    __slots__ = ("name", "origin", "shard_size", "replicas", "snapshot", "objects", "bytes", "snapshots", "created_at", "refreshed_at", "cached_bytes", "storage_options", "adhoc", "endpoint", "pinned", "quota_bytes", "direct")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     SHARD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,9 @@ class Dataset(_message.Message):
     STORAGE_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     ADHOC_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     name: str
     origin: str
     shard_size: int
@@ -65,21 +68,44 @@ class Dataset(_message.Message):
     storage_options: str
     adhoc: bool
     endpoint: str
-    def __init__(self, name: _Optional[str] = ..., origin: _Optional[str] = ..., shard_size: _Optional[int] = ..., replicas: _Optional[int] = ..., snapshot: _Optional[str] = ..., objects: _Optional[int] = ..., bytes: _Optional[int] = ..., snapshots: _Optional[_Iterable[str]] = ..., created_at: _Optional[str] = ..., refreshed_at: _Optional[str] = ..., cached_bytes: _Optional[int] = ..., storage_options: _Optional[str] = ..., adhoc: _Optional[bool] = ..., endpoint: _Optional[str] = ...) -> None: ...
+    pinned: bool
+    quota_bytes: int
+    direct: bool
+    def __init__(self, name: _Optional[str] = ..., origin: _Optional[str] = ..., shard_size: _Optional[int] = ..., replicas: _Optional[int] = ..., snapshot: _Optional[str] = ..., objects: _Optional[int] = ..., bytes: _Optional[int] = ..., snapshots: _Optional[_Iterable[str]] = ..., created_at: _Optional[str] = ..., refreshed_at: _Optional[str] = ..., cached_bytes: _Optional[int] = ..., storage_options: _Optional[str] = ..., adhoc: _Optional[bool] = ..., endpoint: _Optional[str] = ..., pinned: _Optional[bool] = ..., quota_bytes: _Optional[int] = ..., direct: _Optional[bool] = ...) -> None: ...
 
 class AddDatasetRequest(_message.Message):
-    __slots__ = ("name", "origin", "shard_size", "replicas", "storage_options")
+    __slots__ = ("name", "origin", "shard_size", "replicas", "storage_options", "pinned", "quota_bytes", "direct")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     SHARD_SIZE_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     STORAGE_OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     name: str
     origin: str
     shard_size: int
     replicas: int
     storage_options: str
-    def __init__(self, name: _Optional[str] = ..., origin: _Optional[str] = ..., shard_size: _Optional[int] = ..., replicas: _Optional[int] = ..., storage_options: _Optional[str] = ...) -> None: ...
+    pinned: bool
+    quota_bytes: int
+    direct: bool
+    def __init__(self, name: _Optional[str] = ..., origin: _Optional[str] = ..., shard_size: _Optional[int] = ..., replicas: _Optional[int] = ..., storage_options: _Optional[str] = ..., pinned: _Optional[bool] = ..., quota_bytes: _Optional[int] = ..., direct: _Optional[bool] = ...) -> None: ...
+
+class SetDatasetRequest(_message.Message):
+    __slots__ = ("name", "replicas", "pinned", "quota_bytes", "direct")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    replicas: int
+    pinned: bool
+    quota_bytes: int
+    direct: bool
+    def __init__(self, name: _Optional[str] = ..., replicas: _Optional[int] = ..., pinned: _Optional[bool] = ..., quota_bytes: _Optional[int] = ..., direct: _Optional[bool] = ...) -> None: ...
 
 class ListDatasetsRequest(_message.Message):
     __slots__ = ()
@@ -188,20 +214,44 @@ class Status(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., datasets: _Optional[_Iterable[_Union[Dataset, _Mapping]]] = ..., jobs: _Optional[_Iterable[_Union[PrefetchJob, _Mapping]]] = ..., warnings: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("node", "used_bytes", "capacity_bytes", "condition", "seconds_since_report", "version")
+    __slots__ = ("node", "used_bytes", "capacity_bytes", "condition", "seconds_since_report", "version", "handover_bytes", "short_bytes", "draining", "drained", "waits_for")
     NODE_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     CONDITION_FIELD_NUMBER: _ClassVar[int]
     SECONDS_SINCE_REPORT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHORT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
     node: Node
     used_bytes: int
     capacity_bytes: int
     condition: str
     seconds_since_report: float
     version: str
-    def __init__(self, node: _Optional[_Union[Node, _Mapping]] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., condition: _Optional[str] = ..., seconds_since_report: _Optional[float] = ..., version: _Optional[str] = ...) -> None: ...
+    handover_bytes: int
+    short_bytes: int
+    draining: bool
+    drained: bool
+    waits_for: str
+    def __init__(self, node: _Optional[_Union[Node, _Mapping]] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., condition: _Optional[str] = ..., seconds_since_report: _Optional[float] = ..., version: _Optional[str] = ..., handover_bytes: _Optional[int] = ..., short_bytes: _Optional[int] = ..., draining: _Optional[bool] = ..., drained: _Optional[bool] = ..., waits_for: _Optional[str] = ...) -> None: ...
+
+class DrainNodeRequest(_message.Message):
+    __slots__ = ("id", "force")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    force: bool
+    def __init__(self, id: _Optional[str] = ..., force: _Optional[bool] = ...) -> None: ...
+
+class UndrainNodeRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ("node",)
@@ -238,7 +288,7 @@ class PrefetchOrder(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., dataset: _Optional[str] = ..., snapshot: _Optional[str] = ..., prefix: _Optional[str] = ..., run: _Optional[bool] = ...) -> None: ...
 
 class NodeReport(_message.Message):
-    __slots__ = ("node", "epoch", "used_bytes", "capacity_bytes", "condition", "cached", "prefetches", "leaving", "version")
+    __slots__ = ("node", "epoch", "used_bytes", "capacity_bytes", "condition", "cached", "prefetches", "leaving", "version", "handover_bytes", "short_bytes")
     NODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +298,8 @@ class NodeReport(_message.Message):
     PREFETCHES_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHORT_BYTES_FIELD_NUMBER: _ClassVar[int]
     node: Node
     epoch: int
     used_bytes: int
@@ -257,7 +309,9 @@ class NodeReport(_message.Message):
     prefetches: _containers.RepeatedCompositeFieldContainer[PrefetchShare]
     leaving: bool
     version: str
-    def __init__(self, node: _Optional[_Union[Node, _Mapping]] = ..., epoch: _Optional[int] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., condition: _Optional[str] = ..., cached: _Optional[_Iterable[_Union[CachedSnapshot, _Mapping]]] = ..., prefetches: _Optional[_Iterable[_Union[PrefetchShare, _Mapping]]] = ..., leaving: _Optional[bool] = ..., version: _Optional[str] = ...) -> None: ...
+    handover_bytes: int
+    short_bytes: int
+    def __init__(self, node: _Optional[_Union[Node, _Mapping]] = ..., epoch: _Optional[int] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., condition: _Optional[str] = ..., cached: _Optional[_Iterable[_Union[CachedSnapshot, _Mapping]]] = ..., prefetches: _Optional[_Iterable[_Union[PrefetchShare, _Mapping]]] = ..., leaving: _Optional[bool] = ..., version: _Optional[str] = ..., handover_bytes: _Optional[int] = ..., short_bytes: _Optional[int] = ...) -> None: ...
 
 class CachedSnapshot(_message.Message):
     __slots__ = ("snapshot", "bytes_primary", "bytes_held")

@@ -55,6 +55,11 @@ class ControlStub:
                 request_serializer=shoal_dot_wire_dot_shoal__pb2.RefreshDatasetRequest.SerializeToString,
                 response_deserializer=shoal_dot_wire_dot_shoal__pb2.Dataset.FromString,
                 _registered_method=True)
+        self.SetDataset = channel.unary_unary(
+                '/shoal.v1.Control/SetDataset',
+                request_serializer=shoal_dot_wire_dot_shoal__pb2.SetDatasetRequest.SerializeToString,
+                response_deserializer=shoal_dot_wire_dot_shoal__pb2.Dataset.FromString,
+                _registered_method=True)
         self.RemoveDataset = channel.unary_unary(
                 '/shoal.v1.Control/RemoveDataset',
                 request_serializer=shoal_dot_wire_dot_shoal__pb2.RemoveDatasetRequest.SerializeToString,
@@ -85,6 +90,16 @@ class ControlStub:
                 request_serializer=shoal_dot_wire_dot_shoal__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=shoal_dot_wire_dot_shoal__pb2.Status.FromString,
                 _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/shoal.v1.Control/DrainNode',
+                request_serializer=shoal_dot_wire_dot_shoal__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=shoal_dot_wire_dot_shoal__pb2.NodeStatus.FromString,
+                _registered_method=True)
+        self.UndrainNode = channel.unary_unary(
+                '/shoal.v1.Control/UndrainNode',
+                request_serializer=shoal_dot_wire_dot_shoal__pb2.UndrainNodeRequest.SerializeToString,
+                response_deserializer=shoal_dot_wire_dot_shoal__pb2.NodeStatus.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -113,6 +128,13 @@ class ControlServicer:
 
     def RefreshDataset(self, request, context):
         """Lists the origin again. An unchanged origin gives the same snapshot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetDataset(self, request, context):
+        """Changes a dataset's policy; its snapshots stay. What is absent stays as it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,6 +179,21 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainNode(self, request, context):
+        """The node owns nothing from now on, until UndrainNode, also after it or the controller restarted, and serves what it
+        holds. Answers at once; what it holds is handed over when GetStatus says `drained`. NOT_FOUND; FAILED_PRECONDITION
+        where no other node is left to own anything, unless forced. Both calls are idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndrainNode(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -178,6 +215,11 @@ def add_ControlServicer_to_server(servicer, server):
             'RefreshDataset': grpc.unary_unary_rpc_method_handler(
                     servicer.RefreshDataset,
                     request_deserializer=shoal_dot_wire_dot_shoal__pb2.RefreshDatasetRequest.FromString,
+                    response_serializer=shoal_dot_wire_dot_shoal__pb2.Dataset.SerializeToString,
+            ),
+            'SetDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetDataset,
+                    request_deserializer=shoal_dot_wire_dot_shoal__pb2.SetDatasetRequest.FromString,
                     response_serializer=shoal_dot_wire_dot_shoal__pb2.Dataset.SerializeToString,
             ),
             'RemoveDataset': grpc.unary_unary_rpc_method_handler(
@@ -209,6 +251,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=shoal_dot_wire_dot_shoal__pb2.GetStatusRequest.FromString,
                     response_serializer=shoal_dot_wire_dot_shoal__pb2.Status.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=shoal_dot_wire_dot_shoal__pb2.DrainNodeRequest.FromString,
+                    response_serializer=shoal_dot_wire_dot_shoal__pb2.NodeStatus.SerializeToString,
+            ),
+            'UndrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndrainNode,
+                    request_deserializer=shoal_dot_wire_dot_shoal__pb2.UndrainNodeRequest.FromString,
+                    response_serializer=shoal_dot_wire_dot_shoal__pb2.NodeStatus.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -319,6 +371,33 @@ class Control:
             target,
             '/shoal.v1.Control/RefreshDataset',
             shoal_dot_wire_dot_shoal__pb2.RefreshDatasetRequest.SerializeToString,
+            shoal_dot_wire_dot_shoal__pb2.Dataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Control/SetDataset',
+            shoal_dot_wire_dot_shoal__pb2.SetDatasetRequest.SerializeToString,
             shoal_dot_wire_dot_shoal__pb2.Dataset.FromString,
             options,
             channel_credentials,
@@ -482,6 +561,60 @@ class Control:
             '/shoal.v1.Control/GetStatus',
             shoal_dot_wire_dot_shoal__pb2.GetStatusRequest.SerializeToString,
             shoal_dot_wire_dot_shoal__pb2.Status.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Control/DrainNode',
+            shoal_dot_wire_dot_shoal__pb2.DrainNodeRequest.SerializeToString,
+            shoal_dot_wire_dot_shoal__pb2.NodeStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Control/UndrainNode',
+            shoal_dot_wire_dot_shoal__pb2.UndrainNodeRequest.SerializeToString,
+            shoal_dot_wire_dot_shoal__pb2.NodeStatus.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,120 @@
+"""Room on the drive: who needs it, what `retention` is told of the datasets, and the bound on what nobody has read yet.
+
+A prefetch may use free room, and drop what no reader of any dataset misses. Beyond that, what was prefetched and not
+read yet has an allowance: only within it do idle datasets make room for a prefetch, so that prefetches of data that
+nobody reads cannot push out, one after the other, everything that is read from time to time.
+
+The rule: one search for room at a time; two would drop twice what is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shoal import sizes
+from shoal.snapshot import Snapshot
+from shoal_cachenode.disk import DiskStalls
+from shoal_cachenode.inventory import DatasetState
+from shoal_cachenode.library import KnownDataset, ShardSpec
+from shoal_cachenode.retention import Mask, Step, guaranteed_bytes
+from shoal_cachenode.store import StoreFull
+
+if TYPE_CHECKING:
+    from shoal_cachenode.node import CacheNode
+
+log = logging.getLogger(__name__)
+
+
+class Room:
+    """Makes room on one node's drive."""
+
+    def __init__(self, node: CacheNode) -> None:
+        self._node = node
+        self._search = asyncio.Lock()  # guards what `make` counts free between looking and dropping
+        self.allowance_bytes = int(node.config.capacity_bytes * node.config.unread_share)
+
+    async def make(self, spec: ShardSpec, *, is_prefetch: bool) -> bool:
+        """Drop what may be dropped for a shard until it fits; whether it does.
+
+        Raises:
+            StoreFull: only what prefetches have used up keeps it from fitting.
+        """
+        usage, size_bytes = self._node.usage, spec.size_bytes
+        may_drop_idle = not is_prefetch or usage.unread_bytes + size_bytes <= self.allowance_bytes
+        async with self._search:
+            states = await self._states()
+            if states is None:
+                return False  # without its listing nobody can say which files a dataset still needs
+            try:
+                dropped = await self._node.disk.unless_it_stalls(
+                    asyncio.to_thread(
+                        self._node.inventory.make_room,
+                        size_bytes,
+                        states,
+                        asker=spec.dataset.record.name,
+                        may_drop_idle=may_drop_idle,
+                    )
+                )
+            except DiskStalls:
+                return False
+            except OSError as error:
+                self._node.disk.failed(error)
+                return False
+        for step, freed in (dropped or {}).items():
+            self._node.counters.dropped_bytes.add(step.name.lower(), freed)
+        if dropped is None and not may_drop_idle:
+            raise StoreFull(
+                f"{sizes.format(usage.unread_bytes)} of prefetched data on this node wait for their first reader, and "
+                f"only {sizes.format(self.allowance_bytes)} may take the room of idle datasets (--unread-share)"
+            )
+        return dropped is not None
+
+    async def for_prefetch(self, asker: str) -> int:
+        """Bytes of the dataset `asker` that a prefetch may bring in now."""
+        node = self._node
+        free_bytes = max(0, node.store.free_bytes)
+        states = await self._states()
+        if states is None:
+            return free_bytes
+        found = await asyncio.to_thread(node.inventory.droppable_bytes, states, asker=asker)
+        missed = sum(size for step, size in found.items() if step >= Step.IDLE)
+        unmissed = free_bytes + sum(found.values()) - missed
+        return max(unmissed, min(unmissed + missed, self.allowance_bytes - node.usage.unread_bytes))
+
+    async def _states(self) -> tuple[DatasetState, ...] | None:
+        """What retention must know of each dataset; None while the listing of one is not to be had."""
+        node = self._node
+        knowledge = node.library.knowledge
+        for digest in knowledge.snapshots():
+            if await node.holdings_of(digest) is None:
+                return None
+        owners = knowledge.cluster_map.owners()
+        total_weight = sum(owner.weight for owner in owners)
+        weight = next((owner.weight for owner in owners if owner.id == node.id), 0)
+        states = []
+        for known in knowledge.datasets:
+            record = known.record
+            states.append(
+                DatasetState(
+                    record.name,
+                    record.snapshot,
+                    functools.partial(self._owned, known, await node.library.snapshot(record.snapshot)),
+                    knowledge.cluster_map.epoch,
+                    record.pinned,
+                    not node.usage.is_idle(record.name, node.config.idle_after_s),
+                    node.usage.last_used_s(record.name),
+                    guaranteed_bytes(record.quota_bytes, weight, total_weight),
+                )
+            )
+        return tuple(states)
+
+    def _owned(self, known: KnownDataset, opened: Snapshot) -> Mask:
+        placement = self._node.library.placement(opened, known.record.replicas)
+        if not placement.nodes:
+            return np.ones(placement.shard_count, np.bool_)  # nobody else owns them either
+        return placement.owned_by(self._node.id)
