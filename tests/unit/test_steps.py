@@ -132,6 +132,5 @@ def test_a_run_is_read_by_few_ranks_where_none_is_at_home() -> None:
         for rank, batch in enumerate(assign(np.full((len(runs), 1), NOWHERE), np.full(world, NOWHERE), runs)):
             for number in np.unique(runs[batch]).tolist():
                 readers.setdefault(number, set()).add(rank)
-    samples = [np.unique(runs[batch], return_counts=True) for batch in [np.arange(len(runs))]]
-    assert samples
-    print(np.mean([len(r) for r in readers.values()]))
+    # Each run has samples in about eight steps of 65 runs; two ranks would be the least that can read it.
+    assert np.mean([len(found) for found in readers.values()]) < world / 3
