@@ -97,6 +97,8 @@ class _Head:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self.is_complete:  # behind a chunked body come headers again, as many as anybody likes
+            raise BadRequest("headers behind a request body are not served here")
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
