@@ -49,7 +49,7 @@ from shoal_cachenode.node import CacheNode
 from shoal_cachenode.scheduler import DiskFailed, Urgency
 from shoal_cachenode.sealed_file import Damage, SealedFile, warm
 from shoal_cachenode.shard_file import ShardHeader
-from shoal_cachenode.source import NobodyHasIt, Source
+from shoal_cachenode.source import FirstThatHasIt, Nobody, NobodyHasIt, Source
 from shoal_cachenode.store import AlreadySealed, StoreFull
 
 log = logging.getLogger(__name__)
@@ -227,6 +227,9 @@ class DataPlane:
             body = await self._relayed(spec, wanted, order, asker)
             if body is not None:
                 return body
+        body = await self._from_holder(spec, wanted, order, asker)
+        if body is not None:
+            return body
         try:
             fill = await self.node.fill(spec, order, Urgency.DEMAND, wanted.start, asker.avoid)
         except (StoreFull, DiskFailed) as error:
@@ -258,6 +261,34 @@ class DataPlane:
             except (Unavailable, Overloaded, SnapshotNotFound, ShardCorrupt) as error:
                 log.info("node %s did not answer for its shard: %s", node.id, error)
         return None
+
+    async def _from_holder(
+        self, spec: ShardSpec, wanted: ByteRange, order: tuple[MapNode, ...], asker: Asker
+    ) -> AsyncIterator[Buffer | FileSlice] | None:
+        """The body from a peer that has the shard while it is on its way to this node; None where a fill is better.
+
+        A reader of a few bytes does not wait until the whole part is here: the peer has just these.
+        """
+        node, part_size = self.node, self.node.config.part_size
+        if _holds_whole_part(wanted, spec.size_bytes, part_size) or not node.rebalance.will_bring(spec, order):
+            return None
+        fill = node.fills.running(spec.key)
+        if fill is not None and fill.has(range(wanted.start // part_size, -(-wanted.end // part_size))):
+            return None
+        await node.whereabouts.settle(spec.snapshot.digest)
+        holders = node.whereabouts.holders(spec.snapshot.digest, spec.ordinal)
+        peers = [each for each in node.library.knowledge.cluster_map.nodes if each.id in holders]
+        sources = [
+            node.peer(peer, spec, cached_only=True, until=asker.until, counter=node.counters.relayed_bytes)
+            for peer in peers
+            if not node.is_avoided(peer, asker.avoid)
+        ]
+        if not sources:
+            return None
+        try:
+            return await _begun(self._through(FirstThatHasIt(sources, Nobody()), wanted.start, wanted.end))
+        except NobodyHasIt:
+            return None
 
     async def _from_fill(self, spec: ShardSpec, fill: Fill, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
         header = fill.partial.header
@@ -336,6 +367,10 @@ def release(file: SealedFile | None) -> None:
     """Let go of what `Store.open_sealed` gave."""
     if file is not None:
         file.release()
+
+
+def _holds_whole_part(wanted: ByteRange, size_bytes: int, part_size: int) -> bool:
+    return bool(checksums.whole_parts(wanted.start, wanted.end, size_bytes, part_size))
 
 
 def _whole_parts(wanted: ByteRange, shard: ShardHeader | None) -> range:

@@ -94,6 +94,10 @@ class Fill:
         """Whether a reader waits for `part` now."""
         return part in self._waiters
 
+    def has(self, parts: range) -> bool:
+        """Whether all of these parts are in."""
+        return self._missing.isdisjoint(parts)
+
     def want(self, parts: range) -> None:
         """Bring these parts forward: a reader will wait for them, for the first one now."""
         wanted = [part for part in parts if part in self._missing and part not in self._in_flight]

@@ -63,6 +63,11 @@ class NodeCollector(Collector):
             counters.rebalanced_bytes.value,
         )
         yield CounterMetricFamily(
+            "shoal_node_relayed_bytes",
+            "Bytes that readers had from peers that hold them, of shards on their way here.",
+            counters.relayed_bytes.value,
+        )
+        yield CounterMetricFamily(
             "shoal_node_disk_failures", "Times that the drive began to fail or to stall.", node.disk.failures
         )
         retries = CounterMetricFamily(

@@ -109,6 +109,7 @@ class Counters:
     dropped_bytes: CountByCause = field(default_factory=lambda: CountByCause(step.name.lower() for step in Step))
     scrubbed_bytes: Counter = field(default_factory=Counter)
     rebalanced_bytes: Counter = field(default_factory=Counter)
+    relayed_bytes: Counter = field(default_factory=Counter)
 
 
 class CacheNode:
@@ -279,8 +280,9 @@ class CacheNode:
         cached_only: bool,
         avoid: frozenset[str] = shard_client.NOBODY,
         until: float = math.inf,
+        counter: Counter | None = None,
     ) -> PeerSource:
-        counter = self.counters.peer_bytes
+        counter = counter or self.counters.peer_bytes
         return PeerSource(self.transport, node.address, spec.at, self.id, cached_only, counter, avoid, until)
 
     def budget_of(self, dataset: str) -> OriginBudget:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from shoal.cluster_map import NodeState
+from shoal.cluster_map import Node, NodeState
 from shoal.errors import ShoalError
 from shoal.snapshot import Snapshot
 from shoal_cachenode.holdings import Holdings
@@ -113,6 +113,11 @@ class Rebalance:
     def short_bytes(self) -> int:
         """What this node owns and peers hold, and there was no room for at the last look."""
         return sum(self._short.values())
+
+    def will_bring(self, spec: ShardSpec, order: tuple[Node, ...]) -> bool:
+        """Whether a shard that some peer holds is brought here sooner or later, so that readers need not do it."""
+        is_owner = any(owner.id == self._node.id for owner in order[: spec.dataset.record.replicas])
+        return self._is_on and is_owner and spec.snapshot.digest == spec.dataset.record.snapshot
 
     def wake(self, *, is_due: bool = False) -> None:
         """There are new orders; or, `is_due`, look over all datasets now rather than when their time comes."""

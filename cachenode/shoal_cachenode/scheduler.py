@@ -41,6 +41,8 @@ PREFETCH_SHARE = 0.75
 #: Threads that verify and sync finished shards, and finished shards that may wait for them.
 SEALERS = 2
 SEALS_WAITING = 64
+#: Threads that fetch parts of shards that are only moved.
+MOVERS = 3
 
 
 class Urgency(enum.IntEnum):
@@ -130,6 +132,8 @@ class Scheduler:
         self._lanes: dict[OriginBudget, _Lane] = {}
         self._sequence = itertools.count()
         self._threads = ThreadPoolExecutor(DATASETS_AT_A_TIME * fetches, thread_name_prefix="fill")
+        # Nobody waits for a move: a peer serves the shard meanwhile.
+        self._movers = ThreadPoolExecutor(MOVERS, thread_name_prefix="move", initializer=_yield_to_others)
         # Nobody waits for a seal but the end of a prefetch: it yields to readers and to the fetches they wait for.
         self._sealers = ThreadPoolExecutor(SEALERS, thread_name_prefix="seal", initializer=_yield_to_others)
         # Fetches wait when seals do not keep up: what is filled but not sealed is not safe on the drive.
@@ -214,7 +218,7 @@ class Scheduler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for threads in (self._threads, self._sealers):
+        for threads in (self._threads, self._movers, self._sealers):
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def _fetch(self, lane: _Lane, waiting: _Waiting) -> None:
@@ -222,7 +226,8 @@ class Scheduler:
         began, successes = next(self._sequence), lane.budget.successes
         again = False
         try:
-            is_last = await asyncio.get_running_loop().run_in_executor(self._threads, fill.fetch, part)
+            threads = self._movers if waiting.urgency is Urgency.REBALANCE else self._threads
+            is_last = await asyncio.get_running_loop().run_in_executor(threads, fill.fetch, part)
             fill.arrived(part)
             if is_last:
                 await self._room_to_seal.acquire()

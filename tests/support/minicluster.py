@@ -236,5 +236,5 @@ async def _end(node: CacheNode) -> None:
     """Close a node. Unlike those of a process that dies, its threads have to be waited for: they write files."""
     scheduler = node.fills._scheduler
     await node.close()
-    for threads in (scheduler._threads, scheduler._sealers):
+    for threads in (scheduler._threads, scheduler._movers, scheduler._sealers):
         await asyncio.to_thread(threads.shutdown, wait=True)

@@ -137,6 +137,47 @@ def test_a_lost_replica_is_made_again_from_the_other(tmp_path: Path) -> None:
         read_all(cluster)
 
 
+@pytest.mark.parametrize("rate", [1, 0])
+def test_a_reader_of_a_few_bytes_has_them_from_the_peer_while_a_shard_moves(tmp_path: Path, rate: int) -> None:
+    """At a byte a second nothing arrives in time; and where nothing is moved readers bring it in, as ever."""
+    with MiniCluster(tmp_path, OBJECTS, nodes=2, rebalance_rate=rate) as cluster:
+        cluster.publish(absent=(1,))
+        read_all(cluster)
+        cluster.origin.is_down = True
+        cluster.publish()
+        old, new = cluster.nodes
+        fs = cluster.filesystem(node=0)
+        assert {path: fs.cat_file(f"set/{path}", 70, 100) for path in OBJECTS} == {
+            path: data[70:100] for path, data in OBJECTS.items()
+        }
+        moving = keys(cluster, new, owned=True)
+        assert moving
+        if not rate:
+            cluster.run(new.fills.settle())
+            assert (new.counters.relayed_bytes.value, keys(cluster, new, owned=False)) == (0, moving)
+            return
+        assert new.counters.relayed_bytes.value == 30 * len(moving)
+        assert not keys(cluster, new, owned=False)
+        assert new.counters.peer_bytes.value <= 64, "one part may be moved at once; the next one waits for a minute"
+        read_all(cluster)  # whole parts: these readers bring the shards in
+        assert keys(cluster, new, owned=False) == moving
+        assert new.counters.peer_bytes.value == 300 * len(moving), "each part once"
+        assert old.counters.relayed_bytes.value == 0
+
+
+def test_a_holder_that_is_gone_is_no_error_of_the_reader(tmp_path: Path) -> None:
+    with MiniCluster(tmp_path, OBJECTS, nodes=2, rebalance_rate=1) as cluster:
+        cluster.publish(absent=(1,))
+        read_all(cluster)
+        cluster.publish()
+        fs = cluster.filesystem(node=1)
+        assert fs.cat_file("set/o0", 70, 100) == OBJECTS["o0"][70:100]
+        cluster.stop_node(0)
+        assert {path: fs.cat_file(f"set/{path}", 70, 100) for path in OBJECTS} == {
+            path: data[70:100] for path, data in OBJECTS.items()
+        }
+
+
 async def wake(node: CacheNode) -> None:
     node.rebalance.wake(is_due=True)
 
