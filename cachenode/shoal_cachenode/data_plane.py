@@ -230,16 +230,16 @@ class DataPlane:
         body = await self._from_holder(spec, wanted, order, asker)
         if body is not None:
             return body
-        try:
-            fill = await self.node.fill(spec, order, Urgency.DEMAND, wanted.start, asker.avoid)
-        except (StoreFull, DiskFailed) as error:
-            log.info("shard %s passes through: %s", spec.key.hex(), error)
-            return await _begun(self.through(spec, wanted.start, wanted.end))
-        try:
-            return await _begun(self._from_fill(spec, fill, wanted.start, wanted.end))
-        except NobodyHasIt:  # the shard was being moved here, and whoever had it is gone
-            fill = await self.node.fill(spec, order, Urgency.DEMAND, wanted.start, asker.avoid)
-            return await _begun(self._from_fill(spec, fill, wanted.start, wanted.end))
+        while True:
+            try:
+                fill = await self.node.fill(spec, order, Urgency.DEMAND, wanted.start, asker.avoid)
+            except (StoreFull, DiskFailed) as error:
+                log.info("shard %s passes through: %s", spec.key.hex(), error)
+                return await _begun(self.through(spec, wanted.start, wanted.end))
+            try:
+                return await _begun(self._from_fill(spec, fill, wanted.start, wanted.end))
+            except NobodyHasIt as error:  # a move that this read joined; the next fill asks the origin too
+                log.info("shard %s is filled anew: %s", spec.key.hex(), error)
 
     async def _relayed(
         self, spec: ShardSpec, wanted: ByteRange, order: tuple[MapNode, ...], asker: Asker

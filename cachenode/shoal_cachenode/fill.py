@@ -19,7 +19,7 @@ from shoal_cachenode.origin_budget import OriginBudget
 from shoal_cachenode.pace import Pace
 from shoal_cachenode.partial_file import PartialFile
 from shoal_cachenode.scheduler import DiskFailed, Scheduler, Urgency
-from shoal_cachenode.source import Source
+from shoal_cachenode.source import NobodyHasIt, Source
 from shoal_cachenode.store import Store
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class Fill:
         self._waiters: dict[int, asyncio.Future[None]] = {}
         self._written: dict[int, int] = {}  # bytes of parts on their way, by the threads that write them
         self._in_flight: set[int] = set()
+        self._is_sealing = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._missing = {part for part, known in enumerate(partial.header.checksums) if known is None}
@@ -222,7 +223,9 @@ class Fill:
         return self.partial.claim_seal()
 
     def seal(self) -> None:
-        """In a thread: verify, make durable, publish."""
+        """In a thread: verify, make durable, publish; nothing, where the fill failed while this waited for its turn."""
+        if self.has_failed:
+            return
         try:
             self.partial.seal()
         except OSError as error:
@@ -246,7 +249,20 @@ class Fill:
     def landed(self, part: int) -> None:
         """On the loop: no thread works on `part` any more."""
         self._in_flight.discard(part)
-        if not self._in_flight:
+        self._rest_if_idle()
+
+    def will_seal(self) -> None:
+        """On the loop: a thread works on the file from now on until `seal_ended`, or waits for its turn to."""
+        self._is_sealing = True
+        self._idle.clear()
+
+    def seal_ended(self) -> None:
+        """On the loop: it does not any more."""
+        self._is_sealing = False
+        self._rest_if_idle()
+
+    def _rest_if_idle(self) -> None:
+        if not self._in_flight and not self._is_sealing:
             self._idle.set()
 
     def finished(self) -> None:
@@ -355,7 +371,10 @@ class Fills:
         except Exception as error:  # noqa: BLE001 - whoever waits for the fill has the error; here only the file matters
             log.warning("fill of %s stopped: %s", fill.key.hex(), error)
             await fill.wait_idle()
-            passing = (OriginUnavailable, Unavailable, Overloaded)
+            if self._store.is_sealed(fill.key):
+                self._on_sealed(fill.key)  # the drive came round while the seal was waiting for it
+                return
+            passing = (OriginUnavailable, Unavailable, Overloaded, NobodyHasIt)
             end = self._store.suspend if isinstance(error, passing) else PartialFile.drop
             try:
                 await asyncio.to_thread(end, fill.partial)

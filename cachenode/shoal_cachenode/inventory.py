@@ -29,16 +29,16 @@ class DatasetState:
 
     Attributes:
         newest: digest of its newest snapshot.
-        owned: which of that snapshot's shards this node owns under the map of now, in the snapshot's order. Part of
-            `epoch`, so not compared.
-        epoch: of the cluster map.
+        needed: which of that snapshot's shards are no surplus here, in the snapshot's order. Part of `known`, so not
+            compared.
+        known: what `needed` follows from: the epoch of the map, and when peers were asked what they hold.
         is_live: as `retention.Holding`, as are the rest.
     """
 
     name: str
     newest: str
-    owned: Callable[[], Mask]
-    epoch: int
+    needed: Callable[[], Mask]
+    known: tuple[int, float]
     is_pinned: bool
     is_live: bool
     last_used_s: float
@@ -48,7 +48,7 @@ class DatasetState:
     def stamp(self) -> tuple[object, ...]:
         """Equal as long as plans stay the same. Among live datasets nobody asks which was used last."""
         used = 0.0 if self.is_live else self.last_used_s
-        return self.name, self.newest, self.epoch, self.is_pinned, self.is_live, used, self.guaranteed_bytes
+        return self.name, self.newest, self.known, self.is_pinned, self.is_live, used, self.guaranteed_bytes
 
 
 @dataclass(slots=True)
@@ -202,7 +202,7 @@ class Inventory:
             holdings = self._holdings[dataset.newest]
             ordinals, found = holdings.look_up(keys)
             surplus = np.zeros(len(keys), np.bool_)
-            surplus[found] = ~dataset.owned()[ordinals[found]]
+            surplus[found] = ~dataset.needed()[ordinals[found]]
             states.append(
                 Holding(
                     dataset.name,

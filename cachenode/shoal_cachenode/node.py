@@ -333,7 +333,7 @@ class CacheNode:
         try:
             fill = await self._join(spec, source, urgency, first)
         except StoreFull:
-            if not await self.room.make(spec, is_prefetch=urgency >= Urgency.PREFETCH):
+            if not await self.room.make(spec, urgency):
                 raise
             fill = await self._join(spec, source, urgency, first)
         if urgency is Urgency.PREFETCH and is_new:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,12 +23,16 @@ from shoal_cachenode.disk import DiskStalls
 from shoal_cachenode.inventory import DatasetState
 from shoal_cachenode.library import KnownDataset, ShardSpec
 from shoal_cachenode.retention import Mask, Step, guaranteed_bytes
+from shoal_cachenode.scheduler import Urgency
 from shoal_cachenode.store import StoreFull
 
 if TYPE_CHECKING:
     from shoal_cachenode.node import CacheNode
 
 log = logging.getLogger(__name__)
+
+#: What peers said they hold may be so old when room is looked for: a shard is surplus once its owner has it.
+SURPLUS_KNOWN_S = 30.0
 
 
 class Room:
@@ -38,14 +43,23 @@ class Room:
         self._search = asyncio.Lock()  # guards what `make` counts free between looking and dropping
         self.allowance_bytes = int(node.config.capacity_bytes * node.config.unread_share)
 
-    async def make(self, spec: ShardSpec, *, is_prefetch: bool) -> bool:
+    async def make(self, spec: ShardSpec, urgency: Urgency) -> bool:
         """Drop what may be dropped for a shard until it fits; whether it does.
+
+        A read is worth any idle dataset, a prefetch as far as its allowance goes. A move is worth one if its own
+        dataset is in use: else two idle ones would push each other out for ever.
 
         Raises:
             StoreFull: only what prefetches have used up keeps it from fitting.
         """
         usage, size_bytes = self._node.usage, spec.size_bytes
-        may_drop_idle = not is_prefetch or usage.unread_bytes + size_bytes <= self.allowance_bytes
+        match urgency:
+            case Urgency.PREFETCH:
+                may_drop_idle = usage.unread_bytes + size_bytes <= self.allowance_bytes
+            case Urgency.REBALANCE:
+                may_drop_idle = not usage.is_idle(spec.dataset.record.name, self._node.config.idle_after_s)
+            case _:
+                may_drop_idle = True
         async with self._search:
             states = await self._states()
             if states is None:
@@ -67,7 +81,7 @@ class Room:
                 return False
         for step, freed in (dropped or {}).items():
             self._node.counters.dropped_bytes.add(step.name.lower(), freed)
-        if dropped is None and not may_drop_idle:
+        if dropped is None and urgency is Urgency.PREFETCH and not may_drop_idle:
             raise StoreFull(
                 f"{sizes.format(usage.unread_bytes)} of prefetched data on this node wait for their first reader, and "
                 f"only {sizes.format(self.allowance_bytes)} may take the room of idle datasets (--unread-share)"
@@ -99,12 +113,14 @@ class Room:
         states = []
         for known in knowledge.datasets:
             record = known.record
+            opened = await node.library.snapshot(record.snapshot)
+            await node.whereabouts.ask(opened.digest, newer_than=time.monotonic() - SURPLUS_KNOWN_S)
             states.append(
                 DatasetState(
                     record.name,
                     record.snapshot,
-                    functools.partial(self._owned, known, await node.library.snapshot(record.snapshot)),
-                    knowledge.cluster_map.epoch,
+                    functools.partial(self._needed, known, opened),
+                    (knowledge.cluster_map.epoch, node.whereabouts.asked_at(opened.digest)),
                     record.pinned,
                     not node.usage.is_idle(record.name, node.config.idle_after_s),
                     node.usage.last_used_s(record.name),
@@ -113,8 +129,10 @@ class Room:
             )
         return tuple(states)
 
-    def _owned(self, known: KnownDataset, opened: Snapshot) -> Mask:
+    def _needed(self, known: KnownDataset, opened: Snapshot) -> Mask:
+        """Shards that are no surplus here: this node owns them, or no owner said that it has them."""
         placement = self._node.library.placement(opened, known.record.replicas)
-        if not placement.nodes:
-            return np.ones(placement.shard_count, np.bool_)  # nobody else owns them either
-        return placement.owned_by(self._node.id)
+        needed = np.ones(placement.shard_count, np.bool_)
+        for peer, held in self._node.whereabouts.masks(opened.digest, placement.shard_count).items():
+            needed &= ~(held & placement.owned_by(peer))
+        return needed | placement.owned_by(self._node.id)

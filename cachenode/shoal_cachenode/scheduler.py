@@ -83,6 +83,10 @@ class Filling(Protocol):
 
     def landed(self, part: int) -> None: ...
 
+    def will_seal(self) -> None: ...
+
+    def seal_ended(self) -> None: ...
+
     def finished(self) -> None: ...
 
     def failed(self, error: BaseException) -> None: ...
@@ -230,6 +234,7 @@ class Scheduler:
             is_last = await asyncio.get_running_loop().run_in_executor(threads, fill.fetch, part)
             fill.arrived(part)
             if is_last:
+                fill.will_seal()
                 await self._room_to_seal.acquire()
                 self._start(self._seal(fill))
         except asyncio.CancelledError:
@@ -270,6 +275,7 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 - as in `_fetch`
             fill.failed(_told(fill, error))
         finally:
+            fill.seal_ended()
             self._room_to_seal.release()
 
 

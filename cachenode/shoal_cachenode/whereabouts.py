@@ -52,7 +52,7 @@ def unpack(data: bytes, count: int) -> Mask:
 
 
 @dataclass(slots=True)
-class _Known:
+class Known:
     """What peers said of one snapshot: packed bits by node id, those who did not answer left out."""
 
     epoch: int = -1
@@ -65,7 +65,7 @@ class Whereabouts:
 
     def __init__(self, node: CacheNode) -> None:
         self._node = node
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, Known] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
 
     def holders(self, digest: str, ordinal: int) -> frozenset[str]:
@@ -80,6 +80,11 @@ class Whereabouts:
         """For each peer that answered, which of the snapshot's `count` shards it holds."""
         known = self._known.get(digest)
         return {peer: unpack(bits, count) for peer, bits in known.bits.items()} if known is not None else {}
+
+    def asked_at(self, digest: str) -> float:
+        """When peers were asked last (`time.monotonic`); below 0: never."""
+        known = self._known.get(digest)
+        return known.asked_at if known is not None else -1.0
 
     def is_current(self, digest: str) -> bool:
         """Whether peers were asked under the map of now."""
@@ -137,7 +142,7 @@ class Whereabouts:
                 for peer, bits in zip(peers, answers, strict=True)
                 if bits is not None and len(bits) == -(-count // 8)
             }
-        self._known[digest] = _Known(epoch, asked_at, found)
+        self._known[digest] = Known(epoch, asked_at, found)
 
     def _ask_peer(self, peer: Node, digest: str) -> bytes | None:
         headers = {"Via": f"1.1 {self._node.id}"}

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from shoal import snapshot
 from shoal.cluster_map import ClusterMap
 from shoal.datasets import DatasetRecord
 from shoal.snapshot import Snapshot
+from shoal_cachenode import whereabouts
 from shoal_cachenode.library import Knowledge, KnownDataset, find_shard
 from shoal_cachenode.scheduler import Urgency
 from shoal_cachenode.store import StoreFull
@@ -73,6 +75,19 @@ class Node:
         for n in range(count):
             assert fs.cat_file(f"{name}/{name}/{n}") == OBJECTS[f"{name}/{n}"]
         self.cluster.run(self.node.fills.settle())
+
+    def hear_from(self, peer: str, holds_all: bool) -> None:
+        """As if a peer had just said what it holds."""
+        epoch = self.node.library.knowledge.cluster_map.epoch
+        for opened in self.snapshots.values():
+            bits = whereabouts.pack(np.full(opened.shard_count(), holds_all))
+            known = whereabouts.Known(epoch, time.monotonic(), {peer: bits})
+            self.node.whereabouts._known[opened.digest] = known
+
+    def make_room_for_move(self, name: str, row: int) -> bool:
+        known = self.node.library.knowledge.dataset_of(self.snapshots[name].digest)
+        spec = find_shard(known, self.snapshots[name], row, 0)
+        return self.cluster.run(self.node.room.make(spec, Urgency.REBALANCE))
 
     def prefetch(self, name: str, index: int) -> None:
         self.cluster.run(self._prefetch(name, index))
@@ -166,26 +181,40 @@ def test_quota_is_kept_while_idle_and_claimed_while_live(node: Node) -> None:
     assert node.dropped() == {"over_quota": 2 * SIZE, "idle": SIZE}
 
 
-def test_surplus_copies_go_first(tmp_path: Path) -> None:
-    node = Node(tmp_path)
-    try:
-        node.read("a")
-        before = node.node.library.knowledge
-        other = dataclasses.replace(before.cluster_map.nodes[0], id="other", address="127.0.0.1:1")
-        joined = dataclasses.replace(
-            before.cluster_map, epoch=before.cluster_map.epoch + 1, nodes=(*before.cluster_map.nodes, other)
-        )
-        node.cluster.run(node.node.apply(dataclasses.replace(before, cluster_map=joined)))
-        opened = node.snapshots["b"]
-        placement = node.node.library.placement(opened, 1)
-        mine = [opened.path(n).split("/")[1] for n in range(COUNT) if placement.first(n).id == node.node.id]
-        for index in mine:
+@pytest.mark.parametrize("is_elsewhere", [True, False])
+def test_surplus_copies_go_first_once_their_owner_has_them(node: Node, is_elsewhere: bool) -> None:
+    node.read("a")
+    before = node.node.library.knowledge
+    other = dataclasses.replace(before.cluster_map.nodes[0], id="other", address="127.0.0.1:1")
+    joined = dataclasses.replace(
+        before.cluster_map, epoch=before.cluster_map.epoch + 1, nodes=(*before.cluster_map.nodes, other)
+    )
+    node.cluster.run(node.node.apply(dataclasses.replace(before, cluster_map=joined)))
+    node.hear_from("other", is_elsewhere)
+    opened = node.snapshots["b"]
+    placement = node.node.library.placement(opened, 1)
+    mine = [opened.path(n).split("/")[1] for n in range(COUNT) if placement.first(n).id == node.node.id]
+    surplus = COUNT - int(node.node.library.placement(node.snapshots["a"], 1).owned_by(node.node.id).sum())
+    assert 0 < len(mine) <= surplus, "there is room for them, if the surplus goes"
+    for index in mine:
+        if is_elsewhere:
             node.prefetch("b", int(index))
-        surplus = COUNT - int(node.node.library.placement(node.snapshots["a"], 1).owned_by(node.node.id).sum())
-        assert 0 < len(mine) <= surplus, "there is room for them"
-        assert (node.held("a"), node.dropped()) == (COUNT - len(mine), {"surplus": SIZE * len(mine)})
-    finally:
-        node.cluster.close()
+        else:
+            with pytest.raises(StoreFull):
+                node.prefetch("b", int(index))
+    gone = len(mine) if is_elsewhere else 0
+    assert (node.held("a"), node.dropped()) == (COUNT - gone, {"surplus": SIZE * gone} if gone else {})
+
+
+def test_a_move_pushes_an_idle_dataset_out_for_a_live_one_only(node: Node) -> None:
+    node.read("a")
+    node.rest("a")
+    node.rest("b")
+    assert not node.make_room_for_move("b", 0)
+    assert node.held("a") == COUNT, "else two idle ones would push each other out for ever"
+    node.node.usage.used("b")
+    assert node.make_room_for_move("b", 0)
+    assert node.held("a") == COUNT - 1
 
 
 def test_prefetches_that_nobody_reads_push_out_only_their_allowance(node: Node) -> None:

@@ -51,6 +51,12 @@ class Fake:
     def size_of(self, part: int) -> int:
         return 10
 
+    def will_seal(self) -> None:
+        pass
+
+    def seal_ended(self) -> None:
+        pass
+
     def is_awaited(self, part: int) -> bool:
         return self.awaited
 

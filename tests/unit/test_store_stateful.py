@@ -71,7 +71,7 @@ class RetentionMachine(RuleBasedStateMachine):
                 name,
                 self.snapshots[name].digest,
                 lambda name=name: self.owned[name],  # type: ignore[misc]
-                self.epoch,
+                (self.epoch, 0.0),
                 self.pinned[name],
                 self.live[name],
                 self.used[name],
