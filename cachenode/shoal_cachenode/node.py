@@ -247,7 +247,7 @@ class CacheNode:
         replicas = min(spec.dataset.record.replicas, len(order))
         rank = self.rank(order)
         before = order[: min(rank, replicas)] if rank is not None and not is_move else ()
-        peers: list[Source] = [
+        peers = [
             self.peer(node, spec, cached_only=False, avoid=avoid) for node in before if not self.is_avoided(node, avoid)
         ]
         others = [

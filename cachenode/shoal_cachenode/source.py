@@ -12,12 +12,12 @@ import logging
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from shoal import memory, shard_client
 from shoal.connection import Interrupted
-from shoal.errors import NotCached, Overloaded, ShardCorrupt, SnapshotNotFound, Unavailable
+from shoal.errors import NotCached, OriginError, Overloaded, ShardCorrupt, SnapshotNotFound, Unavailable
 from shoal.origin import Origin, Sink
 from shoal.shard_client import ShardAt
 from shoal.transport import Transport
@@ -25,6 +25,8 @@ from shoal.watch import Watch
 from shoal_cachenode.origin_budget import OriginBudget
 
 log = logging.getLogger(__name__)
+
+_ASK_ANOTHER = (Unavailable, NotCached, SnapshotNotFound, Overloaded, ShardCorrupt)
 
 
 class Source(Protocol):
@@ -76,6 +78,7 @@ class PeerSource:
         cached_only: what it holds sealed, and nothing it would have to fetch itself.
         avoid: nodes that it is told to avoid.
         until: `time.monotonic` at which nobody waits any more.
+        is_hasty: others can be asked instead, so that the first sign of trouble is enough.
     """
 
     transport: Transport
@@ -86,6 +89,7 @@ class PeerSource:
     on_read: Counter
     avoid: frozenset[str] = shard_client.NOBODY
     until: float = math.inf
+    is_hasty: bool = True
 
     @property
     def needs_origin(self) -> bool:
@@ -100,7 +104,7 @@ class PeerSource:
             headers |= shard_client.ONLY_IF_CACHED
         # pyarrow's pool reuses pages; a fresh bytearray would fault in each of them anew.
         view = memory.view(memory.allocate(end - start))
-        watch = Watch(self.transport, self.address, until=self.until, is_hasty=True)
+        watch = Watch(self.transport, self.address, until=self.until, is_hasty=self.is_hasty)
         try:
             shard_client.read(
                 self.transport,
@@ -150,10 +154,15 @@ class Nobody:
 
 
 class FirstThatHasIt:
-    """Peers in order, then the last resort. A peer that fails once for this shard is not asked again."""
+    """Peers in order, then the last resort. A peer that fails once for this shard is not asked again.
 
-    def __init__(self, peers: Sequence[Source], last: Source) -> None:
+    But where the last resort fails too: then those that were silent or overloaded are asked once more, and with
+    patience. On a machine short of processors a peer may seem dead that has the only copy.
+    """
+
+    def __init__(self, peers: Sequence[PeerSource], last: Source) -> None:
         self._peers = tuple(peers)
+        self._silent: tuple[PeerSource, ...] = ()
         self._last = last
 
     @property
@@ -171,7 +180,17 @@ class FirstThatHasIt:
         for peer in self._peers:
             try:
                 return peer.stream(reached, end, take)
-            except (Unavailable, NotCached, SnapshotNotFound, Overloaded, ShardCorrupt) as error:
+            except _ASK_ANOTHER as error:
                 log.debug("a peer did not give the bytes from %d on: %s", reached, error)
                 self._peers = tuple(p for p in self._peers if p is not peer)
-        return self._last.stream(reached, end, sink)
+                if isinstance(error, Unavailable | Overloaded):
+                    self._silent += (replace(peer, is_hasty=False),)
+        try:
+            return self._last.stream(reached, end, take)
+        except OriginError as failure:
+            for peer in self._silent:
+                try:
+                    return peer.stream(reached, end, take)
+                except _ASK_ANOTHER as error:
+                    log.debug("a peer does not give the bytes from %d on, nor does the origin: %s", reached, error)
+            raise failure

@@ -1,0 +1,74 @@
+"""Where a fill reads: peers in turn, then the origin, then once more the peers that only seemed dead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from shoal.errors import NodeUnavailable, NotCached, OriginUnavailable, Overloaded, ShoalError
+from shoal.origin import Sink
+from shoal_cachenode.origin_budget import OriginBusy
+from shoal_cachenode.source import FirstThatHasIt
+
+PLAIN = bytes(range(100))
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """Gives `gives` bytes and then raises `failure`; all of them where it has none, or is asked with patience."""
+
+    name: str
+    asked: list[str]
+    gives: int = 0
+    failure: Exception | None = None
+    is_late: bool = False  # it is only late
+    is_hasty: bool = True
+    needs_origin: bool = field(default=False)
+
+    def stream(self, start: int, end: int, sink: Sink) -> None:
+        self.asked.append(self.name if self.is_hasty else f"{self.name}, patiently")
+        if self.failure is None or (self.is_late and not self.is_hasty):
+            return sink(memoryview(PLAIN)[start:end])
+        if self.gives:
+            sink(memoryview(PLAIN)[start : start + self.gives])
+        raise self.failure
+
+
+def read(*sources: Scripted) -> bytes:
+    received = bytearray()
+    *peers, last = sources
+    FirstThatHasIt(peers, last).stream(0, len(PLAIN), received.extend)  # type: ignore[arg-type]
+    return bytes(received)
+
+
+DOWN, SILENT = OriginUnavailable("the origin is down"), NodeUnavailable("no answer")
+
+
+def test_bytes_come_from_one_after_the_other_each_once() -> None:
+    asked: list[str] = []
+    first, second = Scripted("a", asked, 10, SILENT), Scripted("b", asked, 5, NotCached("no"))
+    assert read(first, second, Scripted("origin", asked)) == PLAIN
+    assert asked == ["a", "b", "origin"]
+
+
+@pytest.mark.parametrize("failure", [SILENT, Overloaded("later")])
+def test_a_peer_that_seemed_dead_is_asked_patiently_before_the_origins_failure_is_told(failure: ShoalError) -> None:
+    asked: list[str] = []
+    holder = Scripted("a", asked, 10, failure, is_late=True)
+    assert read(holder, Scripted("b", asked, failure=NotCached("no")), Scripted("origin", asked, 7, DOWN)) == PLAIN
+    assert asked == ["a", "b", "origin", "a, patiently"], "who said that it has nothing is not asked again"
+
+
+def test_the_origins_failure_is_told_where_nobody_else_has_the_bytes() -> None:
+    asked: list[str] = []
+    with pytest.raises(OriginUnavailable, match="the origin is down"):
+        read(Scripted("a", asked, failure=SILENT), Scripted("origin", asked, failure=DOWN))
+    assert asked == ["a", "origin", "a, patiently"]
+
+
+def test_an_origin_without_room_for_now_is_not_one_that_failed() -> None:
+    asked: list[str] = []
+    with pytest.raises(OriginBusy):
+        read(Scripted("a", asked, failure=SILENT), Scripted("origin", asked, failure=OriginBusy()))
+    assert asked == ["a", "origin"]
