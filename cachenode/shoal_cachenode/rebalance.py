@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: From one look to the next where no map change calls for one: datasets of one copy; several, or while a node drains.
+#: From one look to the next where no map change calls for one: datasets of one copy; several, while a node drains, or
+#: after a look that did not bring in all it found.
 LOOK_INTERVAL_S = 600.0
 REPAIR_INTERVAL_S = 30.0
 #: While this node drains: its controller waits for what it says.
@@ -100,6 +101,7 @@ class Rebalance:
         self._short: dict[str, int] = {}
         self._handover: tuple[int, int] | None = None  # epoch of the map it is about, bytes
         self._is_due = False
+        self._is_unfinished = False
         self.is_busy = False
         self._task = asyncio.create_task(self._run())
 
@@ -142,9 +144,12 @@ class Rebalance:
             try:
                 await self._look(is_due=is_due)
             except ShoalError as error:
+                self._is_unfinished = True
                 log.info("rebalancing goes on later: %s", error)
             except Exception:
-                log.exception("rebalancing failed")
+                # One look's surprise must not end all later ones: nobody would hear that replicas are made no more.
+                self._is_unfinished = True
+                log.exception("rebalancing goes on later")
             finally:
                 self.is_busy = False
 
@@ -152,7 +157,7 @@ class Rebalance:
         if self._is_draining():
             return DRAIN_INTERVAL_S
         knowledge = self._node.library.knowledge
-        if any(each.state is NodeState.DRAINING for each in knowledge.cluster_map.nodes):
+        if self._is_unfinished or any(each.state is NodeState.DRAINING for each in knowledge.cluster_map.nodes):
             return REPAIR_INTERVAL_S  # somebody waits for what the first look could not move
         several = any(known.record.replicas > 1 for known in knowledge.datasets)
         return REPAIR_INTERVAL_S if several and len(knowledge.cluster_map.owners()) > 1 else LOOK_INTERVAL_S
@@ -163,6 +168,7 @@ class Rebalance:
 
     async def _look(self, *, is_due: bool) -> None:
         """Bring in what is missing: of all datasets where that `is_due`, else of those that orders changed."""
+        self._is_unfinished = False
         node, knowledge = self._node, self._node.library.knowledge
         node.whereabouts.forget(knowledge.snapshots())
         cluster_map = knowledge.cluster_map
@@ -184,6 +190,7 @@ class Rebalance:
             if holdings is None:
                 if is_draining:
                     return  # whoever hears that nothing is left may stop this node, and that is not known
+                self._is_unfinished = True
                 continue
             opened = await node.library.snapshot(record.snapshot)
             if is_draining:
@@ -248,6 +255,7 @@ class Rebalance:
         except StoreFull:
             return False
         except (DiskFailed, ShoalError) as error:
-            # Whoever reads it fetches it; else it is tried again at the next look.
+            # Whoever reads it fetches it; else it is tried again at the next look, which is soon.
+            self._is_unfinished = True
             log.info("shard %s was not moved here: %s", spec.key.hex(), error)
         return True

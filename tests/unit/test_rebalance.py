@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.cluster_map import NodeState
-from shoal.errors import OriginUnavailable
-from shoal_cachenode import whereabouts
+from shoal.errors import NodeUnavailable, OriginUnavailable
+from shoal_cachenode import rebalance, whereabouts
+from shoal_cachenode.fill import Fill
+from shoal_cachenode.library import ShardSpec
 from shoal_cachenode.node import CacheNode
 from shoal_cachenode.rebalance import left_to_hand_over, plan
 from tests.support.minicluster import MiniCluster
@@ -245,3 +248,22 @@ def test_the_last_owner_takes_what_the_draining_node_holds(tmp_path: Path) -> No
         assert len(keys(cluster, last, owned=False)) == len(OBJECTS)
         cluster.publish(states={0: NodeState.DRAINING, 1: NodeState.DRAINING})
         assert leaving.rebalance.handover_bytes is None, "what it said was about other owners"
+
+
+def test_what_could_not_be_moved_is_tried_again_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rebalance, "REPAIR_INTERVAL_S", 0.2)
+    fill, failed = CacheNode.fill, list[ShardSpec]()
+
+    async def fails_at_first(node: CacheNode, spec: ShardSpec, *rest: Any, **more: Any) -> Fill:
+        if spec not in failed:
+            failed.append(spec)
+            raise NodeUnavailable("not now")
+        return await fill(node, spec, *rest, **more)
+
+    with MiniCluster(tmp_path, OBJECTS, nodes=2) as cluster:
+        cluster.publish(absent=(1,))
+        read_all(cluster)
+        monkeypatch.setattr(CacheNode, "fill", fails_at_first)
+        cluster.publish()
+        eventually(lambda: has_all_it_owns(cluster, cluster.nodes[1]))
+        assert len(failed) == len(keys(cluster, cluster.nodes[1], owned=True))
