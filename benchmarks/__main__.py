@@ -20,10 +20,8 @@ The rule: a missed target is a line of the table like any other; the exit status
 from __future__ import annotations
 
 import importlib
-import json
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -31,7 +29,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import chart, machine, report
+from benchmarks import chart, command, machine, report
 from benchmarks.harness import Missing, progress
 from benchmarks.report import Findings
 from benchmarks.stage import TINY, Scale, Stage, check_room, scale
@@ -54,13 +52,9 @@ Examples:
 @click.option("--only", "only", multiple=True, type=click.Choice(SECTIONS), help="Run this section; may be repeated.")
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Counted turns of each contender.")
 @click.option("--size", type=SizeType(), default="4GiB", show_default=True, help="Least bytes of the set.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Where the figures go.")
+@command.json_option
 @click.option("--svg", "svg_path", type=click.Path(dir_okay=False, path_type=Path), help="Where the chart goes.")
-@click.option(
-    "--workdir",
-    type=click.Path(file_okay=False, exists=True, path_type=Path),
-    help="Where data lie during the run, on the disk to measure; default: the system's temporary directory.",
-)
+@command.workdir_option
 def main(
     tiny: bool,
     only: Sequence[str],
@@ -82,10 +76,10 @@ def main(
     findings, failures = Findings(), []
     # Whoever ends this run ends all that it started, and has it unmounted and removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    with tempfile.TemporaryDirectory(prefix="shoal-bench-", dir=workdir, ignore_cleanup_errors=True) as directory:
-        host = machine.describe(Path(directory))
-        check_room(Path(directory), scope.set_bytes)
-        with Stage(Path(directory), scope) as stage:
+    with command.scratch(workdir) as directory:
+        host = machine.describe(directory)
+        check_room(directory, scope.set_bytes)
+        with Stage(directory, scope) as stage:
             for name in chosen:
                 progress(f"section {name}")
                 try:
@@ -97,8 +91,7 @@ def main(
         findings.rows = [replace(row, target=None) for row in findings.rows]
         findings.note("tiny: proves that everything runs; the figures mean nothing and are not judged")
     _show(findings, host, scope, failures)
-    if json_path:
-        _save(json_path, findings, host, scope, failures)
+    command.save(_result(findings, host, scope, failures), json_path)
     if svg_path:
         try:
             chart.write(svg_path, findings.rows, str(host))
@@ -126,16 +119,14 @@ def _show(findings: Findings, host: machine.Machine, scope: Scale, failures: Seq
         click.echo(f"- broke: section {name}, see above")
 
 
-def _save(path: Path, findings: Findings, host: machine.Machine, scope: Scale, failures: Sequence[str]) -> None:
-    result = {
+def _result(findings: Findings, host: machine.Machine, scope: Scale, failures: Sequence[str]) -> dict[str, object]:
+    return {
         "machine": asdict(host),
         "scale": asdict(scope),
         "rows": [asdict(row) | {"is_met": row.is_met} for row in findings.rows],
         "notes": findings.notes,
         "broke": list(failures),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

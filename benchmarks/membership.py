@@ -13,12 +13,17 @@ is taken away first, so that a node that asked it would fail a read. Told of eac
 
 The start of the new process, which on a machine of its own costs the others nothing, is a window apart.
 
+Here all nodes and readers share one machine, on which whoever moves bytes takes processors from the readers. How much
+of it is the machine's: after each change as many bytes a second as had moved are copied by plain processes, one for
+each node that took some over, which read files of the set and write and sync others at the lowest priority.
+
 The rule: readers are paced by the clock, so a slow cluster gets no lighter load.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
+import math
 import multiprocessing
 import os
 import random
@@ -28,6 +33,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,7 +41,7 @@ from typing import Any, Self
 import click
 import psutil
 
-from benchmarks import machine
+from benchmarks import command, machine
 from benchmarks.harness import percentile, progress
 from benchmarks.stage import prefetch
 from shoal import sizes
@@ -43,7 +49,9 @@ from shoal.cli.control import Control
 from shoal.cli.output import SizeType
 from shoal.devcluster import DevCluster
 from shoal.filesystem import ShoalFileSystem
+from shoal_cachenode.pace import waited_s
 from tests.support.moves import Fetched, Shards
+from tests.support.readers import Heard, Read, within
 
 NODES, DRAINED = 4, 0
 MOVED_TARGET, LATENCY_TARGET = 1.05, 1.5
@@ -51,6 +59,8 @@ RANGES = (64 << 10, 256 << 10, 1 << 20)
 WARM_UP_READS = 100
 MOVE_TIMEOUT_S = 600.0
 POLL_S = 0.2
+#: The longest control, the pause between its start and its begin, and its priority (`os.nice`).
+MAX_COPY_S, SETTLE_S, LOWEST = 15.0, 1.0, 19
 
 Say = Callable[[str], object]
 
@@ -70,25 +80,8 @@ class Scale:
         return self.objects * self.object_bytes
 
 
-FULL = Scale(1536, 2 << 20, readers=4, reads_per_s=120, calm_s=15.0)
+FULL = Scale(1024, 2 << 20, readers=4, reads_per_s=120, calm_s=15.0)
 TINY = Scale(96, 96 << 10, readers=2, reads_per_s=50, calm_s=0.5)
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """When it began (`time.monotonic`, one clock for all processes), and how long it took."""
-
-    began_s: float
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """What one reader did. `errors` are tracebacks; `wrong` counts reads with a wrong byte."""
-
-    reads: list[Read]
-    errors: list[str]
-    wrong: int
 
 
 class Load:
@@ -157,31 +150,34 @@ def _read_for_ever(say: Connection, is_over: Any, endpoint: str, plain: Path, sc
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A stretch of time (`time.monotonic`), and what share of all processors was busy in it."""
+    """A stretch of time (`time.monotonic`).
+
+    Attributes:
+        cpu_share: of all processors, how much was busy.
+        waited_share: of the time, in how much of it somebody waited for a processor (PSI); 0 where it is not counted.
+    """
 
     begin_s: float
     end_s: float
     cpu_share: float
+    waited_share: float
 
     @classmethod
     def of(cls, work: Callable[[], object]) -> Self:
         psutil.cpu_percent()
-        begin = time.monotonic()
+        begin, waited = time.monotonic(), waited_s() or 0.0
         work()
-        return cls(begin, time.monotonic(), psutil.cpu_percent() / 100)
+        end, waited = time.monotonic(), (waited_s() or 0.0) - waited
+        return cls(begin, end, psutil.cpu_percent() / 100, waited / (end - begin))
 
     def figures(self, heard: Sequence[Heard]) -> dict[str, float]:
         """Of the reads that were under way in it; milliseconds."""
-        times = [
-            1000 * read.seconds
-            for each in heard
-            for read in each.reads
-            if read.began_s < self.end_s and read.began_s + read.seconds > self.begin_s
-        ]
+        times = [1000 * read.seconds for read in within(heard, self.begin_s, self.end_s)]
         known = times or [0.0]
         return {
             "seconds": self.end_s - self.begin_s,
             "cpu_share": self.cpu_share,
+            "waited_share": self.waited_share,
             "reads": len(times),
             "p50_ms": percentile(known, 50),
             "p99_ms": percentile(known, 99),
@@ -200,10 +196,12 @@ class Change:
     origin_bytes: int
     calm: Window
     moving: Window
-    starting: Window | None = None
+    starting: Window
+    copying: Window
 
     def figures(self, heard: Sequence[Heard]) -> dict[str, Any]:
-        calm, moving = self.calm.figures(heard), self.moving.figures(heard)
+        windows = {name: getattr(self, name).figures(heard) for name in ("calm", "starting", "moving", "copying")}
+        calm, moving, copying = (windows[name]["p99_ms"] or math.inf for name in ("calm", "moving", "copying"))
         return {
             "what": self.what,
             "moved_bytes": self.moved_bytes,
@@ -212,17 +210,22 @@ class Change:
             "moved_over_given": self.moved_bytes / self.given_bytes,
             "moved_over_least": self.moved_bytes / self.least_bytes,
             "origin_bytes": self.origin_bytes,
-            "calm": calm,
-            "moving": moving,
-            "starting": None if self.starting is None else self.starting.figures(heard),
-            "p99_ratio": moving["p99_ms"] / calm["p99_ms"] if calm["p99_ms"] else 0.0,
+            **windows,
+            "p99_ratio": moving / calm,
+            "copying_ratio": copying / calm,
         }
 
 
 def change(
-    cluster: DevCluster, shards: Shards, scale: Scale, what: str, begin: Callable[[], object], rest: Sequence[int]
+    cluster: DevCluster,
+    shards: Shards,
+    plain: Path,
+    scale: Scale,
+    what: str,
+    begin: Callable[[], object],
+    rest: Sequence[int],
 ) -> Change:
-    """Let readers read in calm, change the map, and wait until all shards are with the nodes `rest`."""
+    """Let readers read in calm, change the map, and wait until all shards are with the nodes `rest`; then copy."""
     calm = Window.of(lambda: time.sleep(scale.calm_s))
     count = len(cluster.nodes)
     held = {node: shards.held(node) for node in range(count)}
@@ -234,16 +237,60 @@ def change(
     moving = Window.of(lambda: _wait_for(lambda: not any((owned[n] & ~shards.held(n)).any() for n in rest)))
     after = {node: Fetched.by(cluster, node) for node in owned}
     nothing = Fetched(0, 0)
+    moved = [now.from_peers - before.get(node, nothing).from_peers for node, now in after.items()]
+    seconds = moving.end_s - moving.begin_s
+    rates = [each / seconds for each in moved if each]
+    copying = _copy(plain, rates, min(seconds, MAX_COPY_S))
     return Change(
         what,
         sum(shards.bytes_of(owned[node] & ~held[node] if node in held else owned[node]) for node in after),
         sum(abs(shards.bytes_of(owned[node]) - loads.get(node, 0)) for node in after) // 2,
-        sum(now.from_peers - before.get(node, nothing).from_peers for node, now in after.items()),
+        sum(moved),
         sum(now.from_origin - before.get(node, nothing).from_origin for node, now in after.items()),
         calm,
         moving,
         starting,
+        copying,
     )
+
+
+def _copy(plain: Path, rates: Sequence[float], seconds: float) -> Window:
+    """Have a process for each of `rates`, bytes a second, copy files for so long; their start is not in the window."""
+    context = multiprocessing.get_context("spawn")
+    begin = context.Barrier(len(rates) + 1)
+    processes = [context.Process(target=_copy_for, args=(begin, plain, rate, seconds), daemon=True) for rate in rates]
+    for process in processes:
+        process.start()
+    time.sleep(SETTLE_S)
+    begin.wait(MOVE_TIMEOUT_S)
+
+    def join() -> None:
+        for process in processes:
+            process.join()
+
+    window = Window.of(join)
+    if any(process.exitcode for process in processes):
+        raise RuntimeError("a copying process failed")
+    return window
+
+
+def _copy_for(begin: Barrier, plain: Path, bytes_per_s: float, seconds: float) -> None:
+    """A copying process."""
+    os.nice(LOWEST)
+    begin.wait(MOVE_TIMEOUT_S)
+    with tempfile.TemporaryDirectory(dir=plain.parent) as into:
+        began, copied = time.monotonic(), 0
+        for source in itertools.cycle(sorted(plain.iterdir())):
+            data = source.read_bytes()
+            with (Path(into) / source.name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fdatasync(file.fileno())
+            copied += len(data)
+            ahead_s = began + copied / bytes_per_s - time.monotonic()
+            if time.monotonic() - began > seconds:
+                return
+            time.sleep(max(0.0, ahead_s))
 
 
 def _wait_for(holds: Callable[[], bool]) -> None:
@@ -284,10 +331,10 @@ def measure(scale: Scale, rebalance_rate: int, directory: Path) -> dict[str, Any
         shards = Shards(cluster, 1)
         with Load(cluster, plain, scale) as load:
             progress("a node joins")
-            joins = change(cluster, shards, scale, "a fifth node joins", cluster.add_node, range(NODES + 1))
+            joins = change(cluster, shards, plain, scale, "a fifth node joins", cluster.add_node, range(NODES + 1))
             progress("a node drains")
             rest = [node for node in range(NODES + 1) if node != DRAINED]
-            drains = change(cluster, shards, scale, "one of five drains", lambda: drain(cluster, DRAINED), rest)
+            drains = change(cluster, shards, plain, scale, "one of five drains", lambda: drain(cluster, DRAINED), rest)
             _wait_for(lambda: is_drained(cluster, DRAINED))
             cluster.nodes[DRAINED].stop()
             gone = Window.of(lambda: time.sleep(scale.calm_s / 3))
@@ -324,21 +371,22 @@ def is_met(result: dict[str, Any]) -> bool:
 def show(result: dict[str, Any], say: Say = click.echo) -> None:
     say(
         f"{'':<20}{'MOVED':>10}{'/GIVEN':>8}{'/LEAST':>8}{'ORIGIN':>8}{'SECONDS':>9}"
-        f"{'P99 CALM':>10}{'MOVING':>8}{'RATIO':>8}"
+        f"{'P99 CALM':>10}{'MOVING':>8}{'RATIO':>8}{'COPYING':>9}{'RATIO':>8}"
     )
     for each in result["changes"]:
         say(
             f"{each['what']:<20}{sizes.format(each['moved_bytes']):>10}{each['moved_over_given']:>8.3f}"
             f"{each['moved_over_least']:>8.3f}{sizes.format(each['origin_bytes']):>8}{each['moving']['seconds']:>9.1f}"
             f"{each['calm']['p99_ms']:>7.1f} ms{each['moving']['p99_ms']:>5.1f} ms{each['p99_ratio']:>6.2f} x"
+            f"{each['copying']['p99_ms']:>6.1f} ms{each['copying_ratio']:>6.2f} x"
         )
     for each in result["changes"]:
-        for name in ("calm", "starting", "moving"):
+        for name in ("calm", "starting", "moving", "copying"):
             found = each[name]
             say(
                 f"- {each['what']}, {name}: {found['seconds']:.1f} s, {found['reads']} reads, "
                 f"p50 {found['p50_ms']:.2f} ms, p99 {found['p99_ms']:.1f} ms, longest {found['max_ms']:.0f} ms, "
-                f"CPU {100 * found['cpu_share']:.0f} %"
+                f"CPU {100 * found['cpu_share']:.0f} %, waited for {100 * found['waited_share']:.0f} % of the time"
             )
     say(
         f"{'met' if is_met(result) else 'MISSED'}: moved at most {MOVED_TARGET} x the least, nothing from the origin, "
@@ -349,23 +397,17 @@ def show(result: dict[str, Any], say: Say = click.echo) -> None:
 
 
 @click.command()
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result here."
-)
-@click.option("--tiny", is_flag=True, help="9 MiB instead of 3 GiB: proves that it runs, measures nothing.")
+@command.json_option
+@click.option("--tiny", is_flag=True, help="9 MiB instead of 2 GiB: proves that it runs, measures nothing.")
 @click.option("--rebalance-rate", type=SizeType(), default="200MiB", show_default=True, help="As of the nodes.")
-@click.option(
-    "--workdir", type=click.Path(file_okay=False, exists=True, path_type=Path), help="Where data lie during the run."
-)
+@command.workdir_option
 def main(json_path: Path | None, tiny: bool, rebalance_rate: int, workdir: Path | None) -> None:
     """Bytes and latency of map changes under load."""
-    with tempfile.TemporaryDirectory(prefix="shoal-bench-", dir=workdir, ignore_cleanup_errors=True) as directory:
-        result = measure(TINY if tiny else FULL, rebalance_rate, Path(directory))
-        result["machine"] = str(machine.describe(Path(directory)))
+    with command.scratch(workdir) as directory:
+        result = measure(TINY if tiny else FULL, rebalance_rate, directory)
+        result["machine"] = str(machine.describe(directory))
     show(result)
-    if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+    command.save(result, json_path)
 
 
 if __name__ == "__main__":

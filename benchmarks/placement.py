@@ -9,7 +9,6 @@ The rule: every scheme sees the same shards, nodes and events, and "moved" count
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from benchmarks import command
 from shoal import placement, shards
 from shoal.cluster_map import ClusterMap, Node
 from shoal.rendezvous import Contest
@@ -285,17 +285,13 @@ def show(result: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result here."
-)
+@command.json_option
 @click.option("--tiny", is_flag=True, help="Seconds instead of minutes: proves that it runs, measures nothing.")
 def main(json_path: Path | None, tiny: bool) -> None:
     """Balance, movement and speed of placement v1."""
     result = measure(tiny)
     show(result)
-    if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+    command.save(result, json_path)
 
 
 if __name__ == "__main__":

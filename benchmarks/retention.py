@@ -14,9 +14,7 @@ The rule: every byte that is read is compared with what was written.
 
 from __future__ import annotations
 
-import json
 import random
-import tempfile
 import time
 import urllib.request
 from collections import OrderedDict
@@ -30,7 +28,7 @@ import click
 import xxhash
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks import machine
+from benchmarks import command, machine
 from benchmarks.harness import progress
 from shoal import sizes
 from shoal.cli.control import Control
@@ -209,22 +207,16 @@ def show(result: dict[str, Any], say: Callable[[str], object] = click.echo) -> N
 
 
 @click.command()
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result here."
-)
+@command.json_option
 @click.option("--tiny", is_flag=True, help="2 MiB instead of 4 GiB: proves that it runs.")
-@click.option(
-    "--workdir", type=click.Path(file_okay=False, exists=True, path_type=Path), help="Where data lie during the run."
-)
+@command.workdir_option
 def main(json_path: Path | None, tiny: bool, workdir: Path | None) -> None:
     """Hit ratios over shuffled epochs with a cache of half the data."""
-    with tempfile.TemporaryDirectory(prefix="shoal-bench-", dir=workdir, ignore_cleanup_errors=True) as directory:
-        result = measure(TINY if tiny else FULL, Path(directory))
-        result["machine"] = str(machine.describe(Path(directory)))
+    with command.scratch(workdir) as directory:
+        result = measure(TINY if tiny else FULL, directory)
+        result["machine"] = str(machine.describe(directory))
     show(result)
-    if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+    command.save(result, json_path)
 
 
 if __name__ == "__main__":

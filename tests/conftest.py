@@ -11,9 +11,28 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+from shoal.devcluster import ports
 from tests.support.proxy import CountingProxy
 from tests.support.weed import Weed
+
+#: How long an example takes says something of the machine, not of what is tested.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes of pytest-xdist each have ports of their own.
+
+    A port is chosen a second before a server listens on it, and stays a killed server's until that is back; what one
+    process finds free in between must not be another one's.
+    """
+    workerinput = getattr(config, "workerinput", None)
+    if workerinput is not None:
+        number, count = int(workerinput["workerid"].removeprefix("gw")), workerinput["workercount"]
+        mine = ports._candidates()[number::count]
+        ports._candidates = lambda: mine
 
 
 @pytest.fixture(scope="session")

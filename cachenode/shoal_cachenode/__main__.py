@@ -21,7 +21,7 @@ from shoal import sizes
 from shoal.errors import InvalidRequest, ShoalError, StoreUnusable
 from shoal.wire import batch, routes
 from shoal.wire.http_server import MAX_CONNECTIONS, HttpServer
-from shoal_cachenode import data_routes, metrics
+from shoal_cachenode import allocator, data_routes, metrics
 from shoal_cachenode.membership import Membership
 from shoal_cachenode.node import CacheNode, Config
 from shoal_cachenode.prefetch import Prefetches
@@ -121,6 +121,7 @@ def main(
         )
         name = advertise or (host if host not in ("0.0.0.0", "::") else socket.gethostname())
         _raise_open_files()
+        allocator.share_arenas()
         limits = _Limits(congestion, senders, max_connections)
         _run(_serve(config, controller, host, port, name, socket_path.absolute(), limits))
     except ShoalError as error:
@@ -178,10 +179,12 @@ async def _serve(
             raise StoreUnusable(f"cannot listen on {socket_path}: {error.strerror}; give another --socket") from error
         node.address = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
         membership.start()
+        trimming = asyncio.create_task(allocator.keep_giving_back())
         log.info("node %s serves %s from %s", node.id, sizes.format(config.capacity_bytes), config.data_dir)
         print("ready", json.dumps({"http": node.address, "socket": str(socket_path), "id": node.id}), flush=True)
         await stop.wait()
         log.info("stopping")
+        trimming.cancel()
         await membership.leave()
     finally:
         await server.close()

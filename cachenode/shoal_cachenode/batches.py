@@ -15,12 +15,12 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 
 from shoal.errors import InvalidRequest, Overloaded, ShardCorrupt, ShoalError
 from shoal.shards import Key
-from shoal.wire import batch
+from shoal.wire import batch, cache_status
 from shoal.wire.batch import ShardRange
 from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
@@ -75,7 +75,21 @@ class Batches:
             raise Overloaded(
                 f"batches hold all of {BATCHES_BYTES} bytes on this node: ask another node, or again in a moment"
             )
-        ranges = batch.decode(request.body)
+        self.held_bytes += weight
+        try:
+            ranges = batch.decode(request.body)
+            specs = await self._look_up(digest, ranges)
+            asker = Asker.of(request)
+            status = self._status(specs.values())
+        except BaseException:
+            self.held_bytes -= weight
+            raise
+        length = sum(each.length for each in ranges) + batch.SUM_BYTES * len(ranges)
+        body = _Held(self, weight, self._body(ranges, specs, asker))
+        return Response(200, {"Content-Type": BINARY, "Cache-Status": status}, body, length=length)
+
+    async def _look_up(self, digest: str, ranges: Sequence[ShardRange]) -> dict[tuple[int, int], ShardSpec]:
+        """The shards of a batch, by row and index. Raises InvalidRequest where a range ends past its shard."""
         specs: dict[tuple[int, int], ShardSpec] = {}
         for each in ranges:
             place = each.row, each.index
@@ -85,23 +99,18 @@ class Batches:
             if each.start + each.length > spec.size_bytes:
                 raise InvalidRequest(f"shard {place} has {spec.size_bytes} bytes: a range ends past them")
             self._node.usage.read(spec.dataset.record.name, spec.key)
-        length = sum(each.length for each in ranges) + batch.SUM_BYTES * len(ranges)
-        body = self._held(weight, self._body(ranges, specs, Asker.of(request)))
-        return Response(200, {"Content-Type": BINARY}, body, length=length)
+        return specs
 
-    async def _held(self, weight: int, body: Pieces) -> Pieces:
-        """`body`, accounted for from its first piece to its end."""
-        self.held_bytes += weight
-        try:
-            async with contextlib.aclosing(body):  # type: ignore[type-var] # an async generator
-                async for piece in body:
-                    yield piece
-        finally:
-            self.held_bytes -= weight
+    def _status(self, specs: Iterable[ShardSpec]) -> str:
+        """Of the whole batch: what its slowest range will probably be."""
+        statuses = {self._plane.expected_status(spec) for spec in specs if not self._store.is_sealed(spec.key)}
+        if not statuses:
+            return cache_status.HIT
+        return cache_status.FROM_ORIGIN if cache_status.FROM_ORIGIN in statuses else cache_status.FROM_PEER
 
     async def _body(
         self, ranges: Sequence[ShardRange], specs: dict[tuple[int, int], ShardSpec], asker: Asker
-    ) -> Pieces:
+    ) -> AsyncGenerator[Buffer | FileSlice, None]:
         fills = asyncio.create_task(self._begin_fills(list(specs.values()), asker))
         sums: list[int] = []
         run: list[_Read] = []
@@ -146,11 +155,16 @@ class Batches:
     async def _unsealed(self, spec: ShardSpec, each: ShardRange, asker: Asker) -> Pieces:
         wanted = ByteRange(each.start, each.start + each.length, True)
         try:
-            body = await self._plane.unsealed(spec, wanted, asker)
+            _, body = await self._plane.unsealed(spec, wanted, asker)
         except AlreadySealed:
-            data, _ = await self._node.disk.run(self._read, [_Read(spec, each)])
-            yield data
-            return
+            try:
+                data, _ = await self._node.disk.run(self._read, [_Read(spec, each)])
+            except (OSError, DiskStalls, ShardCorrupt) as error:
+                log.warning("a range of shard %s passes through: %s", spec.key.hex(), error)
+                body = self._plane.through(spec, wanted.start, wanted.end)
+            else:
+                yield data
+                return
         async with contextlib.aclosing(body):  # type: ignore[type-var] # an async generator
             async for piece in body:
                 yield piece
@@ -195,6 +209,28 @@ class Batches:
         async with asyncio.TaskGroup() as group:
             for _ in range(min(FILLS_BEGUN, len(specs))):
                 group.create_task(begin())
+
+
+class _Held:
+    """The body of a batch, whose `weight` is accounted for until it is closed: a generator never begun has no end."""
+
+    def __init__(self, batches: Batches, weight: int, body: AsyncGenerator[Buffer | FileSlice, None]) -> None:
+        self._batches = batches
+        self._weight = weight
+        self._body = body
+
+    def __aiter__(self) -> _Held:
+        return self
+
+    async def __anext__(self) -> Buffer | FileSlice:
+        return await anext(self._body)
+
+    async def aclose(self) -> None:
+        try:
+            await self._body.aclose()
+        finally:
+            self._batches.held_bytes -= self._weight
+            self._weight = 0
 
 
 def _sum_of(wanted: ShardRange, shard: ShardHeader | None) -> int:

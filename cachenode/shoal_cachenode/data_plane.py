@@ -2,6 +2,7 @@
 
     sealed here              its file, by sendfile or, on the local socket, its descriptor
     only-if-cached           504
+    moves here               a reader that takes the name of who has it gets that; else it is relayed from there
     another node's shard     relayed from its owner; nothing is stored. Owners that are silent, to this node or
                              to the asker, are passed over
     else                     one fill, many readers: parts are sent as they come, the wanted ones first
@@ -39,6 +40,7 @@ from shoal.errors import (
 )
 from shoal.maps import MAP_FROM
 from shoal.shards import Key
+from shoal.wire import cache_status
 from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
 from shoal.wire.places import format_places
@@ -59,6 +61,8 @@ SHARDS_REMEMBERED = 1 << 16
 #: Descriptors go along for shards so near in the snapshot.
 ALONG_WITHIN = 4096
 BINARY = "application/octet-stream"
+
+Body = AsyncIterator[Buffer | FileSlice]
 
 
 class DataPlane:
@@ -111,8 +115,8 @@ class DataPlane:
                 log.debug("shard %s is not read from the drive: %s", spec.key.hex(), error)
                 if only_cached:
                     raise NotCached(f"shard {spec.key.hex()} cannot be read here now") from error
-                body = await _begun(self.through(spec, wanted.start, wanted.end))
-                headers = {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}
+                status, body = await self._passed(spec, wanted)
+                headers = {"Content-Type": BINARY, "Cache-Status": status, **wanted.headers(spec.size_bytes)}
                 return Response(wanted.status, headers, body, length=length)
             if file is not None:
                 return self._from_file(request, spec, wanted, file)
@@ -125,9 +129,17 @@ class DataPlane:
 
     async def _from_elsewhere(self, request: Request, spec: ShardSpec, wanted: ByteRange) -> Response:
         """The answer for a shard that is not sealed here; with the checksums of its parts behind it, where it fills."""
-        headers = {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}
         length = wanted.end - wanted.start
-        body = await self.unsealed(spec, wanted, Asker.of(request))
+        asker = Asker.of(request)
+        if "shoal-takes-holder" in request.headers and not asker.is_node:
+            holders = await self._holders(spec, wanted, self.node.order(spec), asker)
+            if holders:
+                # Another one for each shard: after a loss of replicas many may hold many.
+                holder = holders[spec.ordinal % len(holders)]
+                self.node.counters.referrals.add(1)
+                return Response(shard_client.SEE_HOLDER, {shard_client.HELD_BY: holder.id})
+        status, body = await self.unsealed(spec, wanted, asker)
+        headers = {"Content-Type": BINARY, "Cache-Status": status, **wanted.headers(spec.size_bytes)}
         fill = self.node.fills.running(spec.key) if "shoal-want-checksums" in request.headers else None
         header = fill.partial.header if fill is not None else None
         parts = _whole_parts(wanted, header)
@@ -153,7 +165,7 @@ class DataPlane:
             return self._descriptors(request.headers["shoal-descriptor"], spec, file)
         length = wanted.end - wanted.start
         self.node.counters.served_sealed_bytes.add(length)
-        headers = {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}
+        headers = {"Content-Type": BINARY, "Cache-Status": cache_status.HIT, **wanted.headers(spec.size_bytes)}
         parts = _whole_parts(wanted, file.header) if "shoal-want-checksums" in request.headers else ()
         if parts:
             headers["Shoal-Part-Size"] = str(file.header.part_size)
@@ -177,7 +189,11 @@ class DataPlane:
                     places.append((int(table.rows[ordinal]), int(table.indexes[ordinal]), size_bytes))
                     also.append(FileSlice(other.fd, 0, size_bytes, other.release))
         self.node.counters.descriptors.add(len(places))
-        headers = {"Content-Type": BINARY, "Shoal-Descriptors": format_places(places)}
+        headers = {
+            "Content-Type": BINARY,
+            "Cache-Status": cache_status.HIT,
+            "Shoal-Descriptors": format_places(places),
+        }
         body = FileSlice(file.fd, 0, spec.size_bytes, file.release)
         return Response(200, headers, body, pass_descriptor=True, also=also)
 
@@ -202,10 +218,19 @@ class DataPlane:
             return None
         return file
 
-    async def through(self, spec: ShardSpec, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
+    async def _source_past(self, spec: ShardSpec) -> Source:
+        """Where a fill would read, for bytes that go past this node's drive."""
+        return await asyncio.to_thread(partial(self.node.source, spec, self.node.order(spec), waits=True))
+
+    async def _passed(self, spec: ShardSpec, wanted: ByteRange) -> tuple[str, Body]:
+        """As `unsealed`, past this node's drive."""
+        source = await self._source_past(spec)
+        body = await _begun(self._through(spec, source, wanted.start, wanted.end))
+        return cache_status.missed(from_origin=source.needs_origin), body
+
+    async def through(self, spec: ShardSpec, start: int, end: int) -> Body:
         """The bytes from where a fill would read, past this node's drive."""
-        source = await asyncio.to_thread(partial(self.node.source, spec, self.node.order(spec), waits=True))
-        body = self._through(source, start, end)
+        body = self._through(spec, await self._source_past(spec), start, end)
         try:
             async for piece in body:
                 yield piece
@@ -220,30 +245,49 @@ class DataPlane:
             return None
         return await self.node.fill(spec, order, Urgency.DEMAND, avoid=asker.avoid)
 
-    async def unsealed(self, spec: ShardSpec, wanted: ByteRange, asker: Asker) -> AsyncIterator[Buffer | FileSlice]:
-        """A body whose first piece is at hand, so that a failure so far is still a status."""
+    def expected_status(self, spec: ShardSpec) -> str:
+        """Where bytes of a shard that is not sealed here will probably come from, as its ``Cache-Status``."""
+        node = self.node
+        fill = node.fills.running(spec.key)
+        if fill is not None:
+            return cache_status.missed(from_origin=fill.needs_origin)
+        is_first = node.rank(node.order(spec)) == 0
+        return cache_status.missed(
+            from_origin=is_first and not node.whereabouts.holders(spec.snapshot.digest, spec.ordinal)
+        )
+
+    async def unsealed(self, spec: ShardSpec, wanted: ByteRange, asker: Asker) -> tuple[str, Body]:
+        """A body whose first piece is at hand, so that a failure so far is still a status; and its ``Cache-Status``."""
         order = self.node.order(spec)
         if not asker.is_node:
             body = await self._relayed(spec, wanted, order, asker)
             if body is not None:
-                return body
+                return cache_status.FROM_PEER, body
         body = await self._from_holder(spec, wanted, order, asker)
         if body is not None:
-            return body
+            return cache_status.FROM_PEER, body
         while True:
             try:
                 fill = await self.node.fill(spec, order, Urgency.DEMAND, wanted.start, asker.avoid)
             except (StoreFull, DiskFailed) as error:
                 log.info("shard %s passes through: %s", spec.key.hex(), error)
-                return await _begun(self.through(spec, wanted.start, wanted.end))
+                return await self._passed(spec, wanted)
+            is_here = fill.has(self._parts(wanted))
             try:
-                return await _begun(self._from_fill(spec, fill, wanted.start, wanted.end))
+                body = await _begun(self._from_fill(spec, fill, wanted.start, wanted.end))
+                if is_here:
+                    return cache_status.HIT, body
+                return cache_status.missed(from_origin=fill.needs_origin), body
             except NobodyHasIt as error:  # a move that this read joined; the next fill asks the origin too
                 log.info("shard %s is filled anew: %s", spec.key.hex(), error)
 
+    def _parts(self, wanted: ByteRange) -> range:
+        part_size = self.node.config.part_size
+        return range(wanted.start // part_size, -(-wanted.end // part_size))
+
     async def _relayed(
         self, spec: ShardSpec, wanted: ByteRange, order: tuple[MapNode, ...], asker: Asker
-    ) -> AsyncIterator[Buffer | FileSlice] | None:
+    ) -> Body | None:
         """The body from the first owner that answers; None where this node is to fill.
 
         Owners that do not answer the asker, or this node, are passed over.
@@ -257,40 +301,46 @@ class DataPlane:
                 continue
             source = self.node.peer(node, spec, cached_only=False, avoid=asker.avoid, until=asker.until)
             try:
-                return await _begun(self._through(source, wanted.start, wanted.end))
+                return await _begun(self._through(spec, source, wanted.start, wanted.end))
             except (Unavailable, Overloaded, SnapshotNotFound, ShardCorrupt) as error:
                 log.info("node %s did not answer for its shard: %s", node.id, error)
         return None
 
     async def _from_holder(
         self, spec: ShardSpec, wanted: ByteRange, order: tuple[MapNode, ...], asker: Asker
-    ) -> AsyncIterator[Buffer | FileSlice] | None:
-        """The body from a peer that has the shard while it is on its way to this node; None where a fill is better.
-
-        A reader of a few bytes does not wait until the whole part is here: the peer has just these.
-        """
-        node, part_size = self.node, self.node.config.part_size
-        if _holds_whole_part(wanted, spec.size_bytes, part_size) or not node.rebalance.will_bring(spec, order):
-            return None
-        fill = node.fills.running(spec.key)
-        if fill is not None and fill.has(range(wanted.start // part_size, -(-wanted.end // part_size))):
-            return None
-        await node.whereabouts.settle(spec.snapshot.digest)
-        holders = node.whereabouts.holders(spec.snapshot.digest, spec.ordinal)
-        peers = [each for each in node.library.knowledge.cluster_map.nodes if each.id in holders]
+    ) -> Body | None:
+        """The body from a peer that has the shard while it is on its way to this node; None where a fill is better."""
+        node = self.node
         sources = [
             node.peer(peer, spec, cached_only=True, until=asker.until, counter=node.counters.relayed_bytes)
-            for peer in peers
-            if not node.is_avoided(peer, asker.avoid)
+            for peer in await self._holders(spec, wanted, order, asker)
         ]
         if not sources:
             return None
         try:
-            return await _begun(self._through(FirstThatHasIt(sources, Nobody()), wanted.start, wanted.end))
+            return await _begun(self._through(spec, FirstThatHasIt(sources, Nobody()), wanted.start, wanted.end))
         except NobodyHasIt:
             return None
 
-    async def _from_fill(self, spec: ShardSpec, fill: Fill, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
+    async def _holders(
+        self, spec: ShardSpec, wanted: ByteRange, order: tuple[MapNode, ...], asker: Asker
+    ) -> list[MapNode]:
+        """Peers that have a shard while it is on its way to this node; none where a fill is better.
+
+        A reader of a few bytes does not wait until the whole part is here: a peer has just these.
+        """
+        node, part_size = self.node, self.node.config.part_size
+        if _holds_whole_part(wanted, spec.size_bytes, part_size) or not node.rebalance.will_bring(spec, order):
+            return []
+        fill = node.fills.running(spec.key)
+        if fill is not None and fill.has(self._parts(wanted)):
+            return []
+        await node.whereabouts.settle(spec.snapshot.digest)
+        holders = node.whereabouts.holders(spec.snapshot.digest, spec.ordinal)
+        nodes = node.library.knowledge.cluster_map.nodes
+        return [each for each in nodes if each.id in holders and not node.is_avoided(each, asker.avoid)]
+
+    async def _from_fill(self, spec: ShardSpec, fill: Fill, start: int, end: int) -> Body:
         header = fill.partial.header
         fill.want(range(start // header.part_size, -(-end // header.part_size)))
         file: SealedFile | None = None
@@ -320,9 +370,10 @@ class DataPlane:
             if file is not None:
                 file.release()
 
-    async def _through(self, source: Source, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
+    async def _through(self, spec: ShardSpec, source: Source, start: int, end: int) -> Body:
         """Read from `source` and send, storing nothing; a bounded number of bytes ahead of the reader."""
-        async with contextlib.aclosing(self.node.passing.stream(source, start, end)) as pieces:
+        passed = self.node.passing.stream(source, start, end, dataset=spec.dataset.record.name)
+        async with contextlib.aclosing(passed) as pieces:
             async for piece in pieces:
                 self.node.counters.served_through_bytes.add(len(piece))
                 yield piece
@@ -349,7 +400,7 @@ class Rescue:
             await node.lose(self._spec.key, damage)
         return damage is None
 
-    def rest(self, start: int, end: int) -> AsyncIterator[Buffer | FileSlice]:
+    def rest(self, start: int, end: int) -> Body:
         return self._plane.through(self._spec, start, end)
 
 
@@ -379,9 +430,7 @@ def _whole_parts(wanted: ByteRange, shard: ShardHeader | None) -> range:
     return checksums.whole_parts(wanted.start, wanted.end, shard.size_bytes, shard.part_size)
 
 
-async def _with_checksums(
-    body: AsyncIterator[Buffer | FileSlice], fill: Fill, parts: range
-) -> AsyncIterator[Buffer | FileSlice]:
+async def _with_checksums(body: Body, fill: Fill, parts: range) -> Body:
     """`body`, and then what the fill has learnt of `parts` meanwhile."""
     try:
         async for piece in body:
@@ -426,11 +475,11 @@ def parse_timeout(text: str) -> float:
     return seconds
 
 
-async def _begun(body: AsyncIterator[Buffer | FileSlice]) -> AsyncIterator[Buffer | FileSlice]:
+async def _begun(body: Body) -> Body:
     """Wait for the first piece of `body`, then hand out all of it."""
     first = await anext(body)
 
-    async def whole() -> AsyncIterator[Buffer | FileSlice]:
+    async def whole() -> Body:
         try:
             yield first
             async for piece in body:

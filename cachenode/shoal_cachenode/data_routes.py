@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shoal import datasets
 from shoal.errors import NotFound, SnapshotNotFound
+from shoal.wire import routes, stream_post
 from shoal.wire.http_messages import Request, Response
 from shoal.wire.http_server import Handler, MethodNotAllowed
 from shoal_cachenode import whereabouts
@@ -25,6 +26,10 @@ def make_handler(node: CacheNode) -> Handler:
                 if request.method != "POST":
                     raise MethodNotAllowed(request.method, "POST")
                 return await batches(request, datasets.check_digest(digest))
+            case ["v1", "snapshots", digest, "streams", stream_id]:
+                return await hear_stream(node, request, datasets.check_digest(digest), stream_id)
+            case ["v1", "snapshots", digest, "index"]:
+                return await index_of(node, request, datasets.check_digest(digest))
             case ["v1", "snapshots", digest, "held"]:
                 return await held(node, request, datasets.check_digest(digest))
         raise NotFound(f"nothing is served at {request.path!r}: see docs/wire.md for the paths")
@@ -41,6 +46,25 @@ async def held(node: CacheNode, request: Request, digest: str) -> Response:
     if holdings is None:
         raise SnapshotNotFound(f"snapshot {digest} is not here yet: ask another node")
     return Response(200, {"Content-Type": BINARY}, whereabouts.pack(holdings.held))
+
+
+async def index_of(node: CacheNode, request: Request, digest: str) -> Response:
+    """The index of the samples of a selection (`shoal.streaming.index`); 202 while it is built."""
+    if request.method not in ("GET", "HEAD"):
+        raise MethodNotAllowed(request.method, "GET, HEAD")
+    found = await node.indexes.get(digest, request.query.get("pattern", ""), request.query.get("format", ""))
+    if found is None:
+        return Response(202, {"Retry-After": "1", "Content-Type": "text/plain; charset=utf-8"}, b"it is being built\n")
+    return Response(200, {"Content-Type": routes.ARROW_FILE, "ETag": f'"{found.digest}"'}, found.body)
+
+
+async def hear_stream(node: CacheNode, request: Request, digest: str, stream_id: str) -> Response:
+    """Take what a stream needs, and how long it waited; one bit for each need: whether it is sealed here."""
+    if request.method != "POST":
+        raise MethodNotAllowed(request.method, "POST")
+    post = stream_post.decode(request.body)
+    answer = await node.streams.hear(digest, stream_post.check_stream_id(stream_id), post)
+    return Response(200, {"Content-Type": BINARY}, answer)
 
 
 def _is_number(text: str) -> bool:

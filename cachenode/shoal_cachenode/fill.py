@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
-from shoal.errors import OriginUnavailable, Overloaded, Unavailable
+from shoal.errors import NotCached, OriginUnavailable, Overloaded, Unavailable
 from shoal.shards import Key
 from shoal_cachenode.origin_budget import OriginBudget
 from shoal_cachenode.pace import Pace
@@ -30,6 +30,10 @@ WAKE_STRIDE = 1 << 20
 NEWS_TIMEOUT_S = 45.0
 
 
+class NotNeeded(NotCached):
+    """The streams that a shard was filled for are over."""
+
+
 class Fill:
     """One shard on its way in. Lives on the event loop; only `fetch` and `seal` run in threads."""
 
@@ -41,8 +45,13 @@ class Fill:
         scheduler: Scheduler,
         urgency: Urgency,
         first: int,
+        due: float = 0.0,
     ) -> None:
-        """Begin with part `first`; `budget` is that of the origin which `source` may ask."""
+        """Begin with part `first`; `budget` is that of the origin which `source` may ask.
+
+        Args:
+            due: when a stream needs the shard (`time.monotonic`), with `Urgency.NEED`.
+        """
         self.partial = partial
         self.budget = budget
         self._loop = asyncio.get_running_loop()
@@ -58,18 +67,21 @@ class Fill:
         self._idle.set()
         self._missing = {part for part, known in enumerate(partial.header.checksums) if known is None}
         self._urgency_of_rest = max(urgency, Urgency.REST)
+        self._due = due
+        #: Whether somebody beside streams wants the shard, and it is to be filled whatever becomes of them.
+        self.is_kept = urgency is not Urgency.NEED
         self._has_begun = False
         self._queued: set[int] = set()
         self._wanted: deque[int] = deque()  # by readers, in their order
         self._rest = deque(sorted(self._missing))
-        if urgency >= Urgency.PREFETCH:
+        if urgency >= Urgency.NEED:
             self._begin()
         elif first in self._missing:
             self._push(urgency, first)
         elif self._missing:
             self._push(urgency, self._rest.popleft())
         if not self._missing:
-            scheduler.push(urgency, self, 0)  # a partial that crashed just before its seal: only that is left
+            scheduler.push(urgency, self, 0, due)  # a partial that crashed just before its seal: only that is left
 
     @property
     def key(self) -> Key:
@@ -91,6 +103,11 @@ class Fill:
         """Whether nobody but the origin is left to ask."""
         return self._source.needs_origin
 
+    @property
+    def width(self) -> int:
+        """Parts that are being fetched, or wait for their turn."""
+        return len(self._queued)
+
     def is_awaited(self, part: int) -> bool:
         """Whether a reader waits for `part` now."""
         return part in self._waiters
@@ -98,6 +115,17 @@ class Fill:
     def has(self, parts: range) -> bool:
         """Whether all of these parts are in."""
         return self._missing.isdisjoint(parts)
+
+    def join(self, urgency: Urgency, due: float) -> None:
+        """Somebody else asks for the shard: a stream says that it needs it, and when; or anybody for good."""
+        if urgency is not Urgency.NEED:
+            self.is_kept |= urgency is not Urgency.REBALANCE  # which would not ask the origin either
+            return
+        self._due = due  # for what is queued from now on: the rest is under way, or soon
+        if self._urgency_of_rest > Urgency.NEED:
+            self._urgency_of_rest = Urgency.NEED
+            for part in sorted(self._queued - self._in_flight):
+                self._push(Urgency.NEED, part)
 
     def want(self, parts: range) -> None:
         """Bring these parts forward: a reader will wait for them, for the first one now."""
@@ -130,7 +158,7 @@ class Fill:
 
     def _push(self, urgency: Urgency, part: int) -> None:
         self._queued.add(part)
-        self._scheduler.push(urgency, self, part)
+        self._scheduler.push(urgency, self, part, self._due if urgency is Urgency.NEED else 0.0)
 
     async def available(self, part: int, beyond: int) -> int:
         """Wait until more than the first `beyond` bytes of `part` are in the file; return how many are.
@@ -330,7 +358,14 @@ class Fills:
             pass  # the loop has ended, and with it the fills
 
     async def join(
-        self, key: Key, size_bytes: int, source: Source, budget: OriginBudget, urgency: Urgency, first: int
+        self,
+        key: Key,
+        size_bytes: int,
+        source: Source,
+        budget: OriginBudget,
+        urgency: Urgency,
+        first: int,
+        due: float = 0.0,
     ) -> Fill:
         """The fill of `key`: the one that runs, or a new one that begins with part `first`.
 
@@ -342,23 +377,35 @@ class Fills:
             await asyncio.shield(self._watchers[key])  # a failure is the answer to those who waited, not to newcomers
         task = self._fills.get(key)
         if task is None:
-            task = self._fills[key] = asyncio.create_task(self._begin(key, size_bytes, source, budget, urgency, first))
-        return await asyncio.shield(task)
+            task = self._fills[key] = asyncio.create_task(
+                self._begin(key, size_bytes, source, budget, urgency, first, due)
+            )
+            task.add_done_callback(lambda t: t.cancelled() or t.exception())  # all who asked may have left
+        fill = await asyncio.shield(task)
+        fill.join(urgency, due)
+        return fill
 
     async def _begin(
-        self, key: Key, size_bytes: int, source: Source, budget: OriginBudget, urgency: Urgency, first: int
+        self,
+        key: Key,
+        size_bytes: int,
+        source: Source,
+        budget: OriginBudget,
+        urgency: Urgency,
+        first: int,
+        due: float,
     ) -> Fill:
         try:
-            if self._store.has_partial(key):
+            if self._store.begin_blocks(key):
                 partial = await asyncio.to_thread(self._store.begin, key, size_bytes)
             else:
-                partial = self._store.begin(key, size_bytes)
+                partial = self._store.begin(key, size_bytes, waits=False)
         except BaseException as error:
             del self._fills[key]
             if isinstance(error, OSError):
                 raise DiskFailed(str(error)) from error
             raise
-        fill = self._running[key] = Fill(partial, source, budget, self._scheduler, urgency, first)
+        fill = self._running[key] = Fill(partial, source, budget, self._scheduler, urgency, first, due)
         self._watchers[key] = asyncio.create_task(self._watch(fill))
         return fill
 
@@ -369,12 +416,13 @@ class Fills:
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - whoever waits for the fill has the error; here only the file matters
-            log.warning("fill of %s stopped: %s", fill.key.hex(), error)
+            level = logging.DEBUG if isinstance(error, NotNeeded) else logging.WARNING
+            log.log(level, "fill of %s stopped: %s", fill.key.hex(), error)
             await fill.wait_idle()
             if self._store.is_sealed(fill.key):
                 self._on_sealed(fill.key)  # the drive came round while the seal was waiting for it
                 return
-            passing = (OriginUnavailable, Unavailable, Overloaded, NobodyHasIt)
+            passing = (OriginUnavailable, Unavailable, Overloaded, NobodyHasIt, NotNeeded)
             end = self._store.suspend if isinstance(error, passing) else PartialFile.drop
             try:
                 await asyncio.to_thread(end, fill.partial)

@@ -75,15 +75,18 @@ class Inventory:
         self._clock = clock
         self._holdings: dict[str, Holdings] = {}
         self._plans: dict[tuple[str, bool], _Plan] = {}
+        #: By snapshot, the shards that a running stream will read: none of them is dropped. Whoever sets it gives a new
+        #: mapping of masks that do not change.
+        self.needed: Mapping[str, Mask] = {}
 
     def of(self, opened: Snapshot) -> Holdings:
         """The holdings of a snapshot, counted from the store at first use. Blocks: about a second a million shards."""
         known = self._holdings.get(opened.digest)
         if known is None:
-            known = Holdings(opened.shard_table())
+            counted = Holdings(opened.shard_table())
             # Marked twice around the publication: a shard sealed in between is in one of the two views.
-            known.mark_all(self._store.sealed_sizes())
-            self._holdings[opened.digest] = known
+            counted.mark_all(self._store.sealed_sizes())
+            known = self._holdings.setdefault(opened.digest, counted)  # whoever was first: only these go on
             known.mark_all(self._store.sealed_sizes())
         return known
 
@@ -139,6 +142,9 @@ class Inventory:
             key, step = plan.keys[-1]
             if step >= Step.IDLE and not may_drop_idle:
                 break
+            if self._needed([key])[0]:  # since the plan was made
+                plan.keys.pop()
+                continue
             freed = self._store.evict(key)
             if freed:
                 self.gone(key)
@@ -155,9 +161,9 @@ class Inventory:
 
     def drop_unserved(self) -> int:
         """Drop all shards of no dataset, and return the bytes freed. Blocks. Raises OSError as the disk does."""
-        keys, _, filling = self._shards()
+        keys, _, kept = self._shards()
         freed = 0
-        for place in np.flatnonzero(~self._served(keys) & ~filling).tolist():
+        for place in np.flatnonzero(~self._served(keys) & ~kept).tolist():
             freed += self._store.evict(keys[place])
             self.gone(keys[place])
         return freed
@@ -176,19 +182,28 @@ class Inventory:
     def _droppable(
         self, datasets: tuple[DatasetState, ...], asker: str, wanted_bytes: int
     ) -> tuple[list[Key], list[Droppable]]:
-        keys, sizes, filling = self._shards()
+        keys, sizes, kept = self._shards()
         served, holdings = self._served(keys), self._states(keys, datasets)
-        found = retention.droppable(sizes, filling, served, holdings, asker=asker, wanted_bytes=wanted_bytes)
+        found = retention.droppable(sizes, kept, served, holdings, asker=asker, wanted_bytes=wanted_bytes)
         return keys, found
 
     def _shards(self) -> tuple[list[Key], npt.NDArray[np.int64], Mask]:
-        """What is on the drive in the order of its keys: keys, sizes, and which of it is being filled."""
+        """What is on the drive in the order of its keys: keys, sizes, and which of it is being filled or needed."""
         idle = self._store.idle_partials()
         found = sorted((self._store.sealed_sizes() | self._store.reserved_sizes() | idle).items())
         busy = self._store.reserved_sizes().keys() - idle.keys()
         keys = [key for key, _ in found]
-        filling = np.fromiter((key in busy for key in keys), np.bool_, len(keys))
-        return keys, np.array([size for _, size in found], np.int64), filling
+        kept = np.fromiter((key in busy for key in keys), np.bool_, len(keys)) | self._needed(keys)
+        return keys, np.array([size for _, size in found], np.int64), kept
+
+    def _needed(self, keys: list[Key]) -> Mask:
+        needed = np.zeros(len(keys), np.bool_)
+        for digest, mask in self.needed.items():
+            holdings = self._holdings.get(digest)
+            if holdings is not None:
+                ordinals, found = holdings.look_up(keys)
+                needed |= found & mask[ordinals]
+        return needed
 
     def _served(self, keys: list[Key]) -> Mask:
         served = np.zeros(len(keys), np.bool_)

@@ -34,9 +34,13 @@ class Ledger:
         """Below zero where the capacity was lowered under what is held."""
         return self.capacity_bytes - self.used_bytes
 
+    def holds(self, key: Key) -> bool:
+        """Whether bytes of a shard are counted, in any state."""
+        return key in self.sealed or key in self.reserved or key in self.condemned
+
     def reserve(self, key: Key, size_bytes: int) -> bool:
         """Count `size_bytes` for a shard that begins to fill; False where there is no room. Repeats are refused."""
-        assert self._holds(key) is None, "a shard is reserved once"
+        assert not self.holds(key), "a shard is reserved once"
         if size_bytes > self.free_bytes:
             return False
         self.reserved[key] = size_bytes
@@ -82,6 +86,3 @@ class Ledger:
         size_bytes = self.sealed.pop(key, 0)
         self._sealed_bytes -= size_bytes
         return size_bytes
-
-    def _holds(self, key: Key) -> int | None:
-        return next((held[key] for held in (self.sealed, self.reserved, self.condemned) if key in held), None)

@@ -196,6 +196,7 @@ class Library:
         if task is None:
             task = self._fetching[digest] = asyncio.create_task(asyncio.to_thread(self._find, digest, path, knowledge))
             task.add_done_callback(lambda _: self._fetching.pop(digest))
+            task.add_done_callback(lambda t: t.cancelled() or t.exception())  # all who asked may have left
         found = self._paths[digest] = await asyncio.shield(task)
         return found
 

@@ -84,13 +84,17 @@ class Membership:
             await asyncio.sleep(RETRY_INTERVAL_S)
 
     async def _report_for_ever(self) -> None:
+        refusal = ""
         while True:
             try:
                 ack = await self._stub.Report(await self._report(leaving=False), timeout=RPC_TIMEOUT_S)
+                refusal = ""
                 if ack.unknown:
                     log.info("the controller does not know this node yet")
-            except grpc.RpcError as error:
-                log.debug("report failed: %s", _reason(error))
+            except grpc.aio.AioRpcError as error:
+                is_news = error.code() is grpc.StatusCode.INVALID_ARGUMENT and _reason(error) != refusal
+                log.log(logging.WARNING if is_news else logging.DEBUG, "report failed: %s", _reason(error))
+                refusal = _reason(error)
             except Exception:
                 log.exception("report failed")
             self._poke.clear()

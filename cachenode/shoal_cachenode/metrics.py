@@ -63,9 +63,17 @@ class NodeCollector(Collector):
             counters.rebalanced_bytes.value,
         )
         yield CounterMetricFamily(
+            "shoal_node_index_builds", "Indexes of samples that this node began to build.", node.indexes.builds
+        )
+        yield CounterMetricFamily(
             "shoal_node_relayed_bytes",
             "Bytes that readers had from peers that hold them, of shards on their way here.",
             counters.relayed_bytes.value,
+        )
+        yield CounterMetricFamily(
+            "shoal_node_referrals",
+            "Reads of shards on their way here for which the reader was told who holds them.",
+            counters.referrals.value,
         )
         yield CounterMetricFamily(
             "shoal_node_disk_failures", "Times that the drive began to fail or to stall.", node.disk.failures
@@ -85,6 +93,14 @@ class NodeCollector(Collector):
             reads.add_metric([known.record.name], budget.in_flight)
             window.add_metric([known.record.name], budget.width)
         yield from (retries, throttles, reads, window)
+        waited = CounterMetricFamily(
+            "shoal_node_stream_wait_seconds",
+            "Seconds that consumers of streams waited, by what for and for which node, as they told this one.",
+            labels=["cause", "node"],
+        )
+        for (waited_for, node_id), seconds in node.streams.waited.items():
+            waited.add_metric([waited_for.name.lower(), node_id], seconds)
+        yield waited
         yield CounterMetricFamily(
             "shoal_node_overloaded", "Connections and requests told to come back later.", self._server.overloaded
         )
@@ -100,6 +116,14 @@ class NodeCollector(Collector):
             "shoal_node_fills": ("Shards that are filling.", node.fills.count),
             "shoal_node_fetches": ("Part fetches in flight.", node.fills.fetches_in_flight),
             "shoal_node_fetches_waiting": ("Parts that wait to be fetched.", node.fills.fetches_waiting),
+            "shoal_node_streams": (
+                "Streams that run and told this node what they will read.",
+                node.streams.count,
+            ),
+            "shoal_node_needed_bytes": (
+                "Bytes of shards that they will read and that are not sealed here.",
+                node.streams.missing_bytes,
+            ),
             "shoal_node_connections": ("Open data connections.", self._server.open_connections),
             "shoal_node_silent_peers": (
                 "Other processes that do not answer this node.",

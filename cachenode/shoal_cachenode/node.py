@@ -21,10 +21,12 @@ from shoal.cluster_map import Node as MapNode
 from shoal.cluster_map import NodeState
 from shoal.errors import ClusterUnavailable, ShoalError
 from shoal.shards import PART_SIZE, Key
+from shoal.snapshot import Snapshot
 from shoal.transport import Transport
 from shoal_cachenode.disk import Disk, DiskStalls
 from shoal_cachenode.fill import Fill, Fills
 from shoal_cachenode.holdings import Holdings
+from shoal_cachenode.indexes import Indexes
 from shoal_cachenode.inventory import Inventory
 from shoal_cachenode.library import Knowledge, Library, ShardSpec, find_shard
 from shoal_cachenode.origin_budget import OriginBudget, Rate
@@ -38,6 +40,7 @@ from shoal_cachenode.scrub import Scrubber
 from shoal_cachenode.sealed_file import Damage
 from shoal_cachenode.source import Counter, FirstThatHasIt, Nobody, OriginSource, PeerSource, Source
 from shoal_cachenode.store import AlreadySealed, Store, StoreFull
+from shoal_cachenode.streams import Streams
 from shoal_cachenode.usage import SAVE_INTERVAL_S, Usage
 from shoal_cachenode.whereabouts import Whereabouts
 
@@ -110,6 +113,7 @@ class Counters:
     scrubbed_bytes: Counter = field(default_factory=Counter)
     rebalanced_bytes: Counter = field(default_factory=Counter)
     relayed_bytes: Counter = field(default_factory=Counter)
+    referrals: Counter = field(default_factory=Counter)
 
 
 class CacheNode:
@@ -142,12 +146,22 @@ class CacheNode:
         )
         self.room = Room(self)
         self._checks: dict[Key, asyncio.Task[None]] = {}
+        self._counting: dict[str, asyncio.Task[Holdings]] = {}  # by snapshot
         self._on_knowledge: list[Callable[[], None]] = []
         self.passing = Passing(config.part_size)
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="io"))
         self._scrubber = Scrubber(self)
         self.whereabouts = Whereabouts(self)
         self.rebalance = Rebalance(self, is_on=pace is not None)
+        self.streams = Streams(self)
+        self.indexes = Indexes(
+            config.data_dir,
+            self.disk,
+            lambda: self.address,
+            self.library.snapshot,
+            lambda digest: self.library.knowledge.dataset_of(digest).record.replicas,
+            lambda digest: digest in self.library.knowledge.snapshots(),
+        )
         self._keeping = asyncio.create_task(self._keep_usage())
 
     @property
@@ -186,6 +200,7 @@ class CacheNode:
         self.usage.keep({known.record.name for known in knowledge.datasets})
         served = knowledge.snapshots()
         self.inventory.forget(served)
+        self.streams.forget(served)
         if knowledge.cluster_id == before.cluster_id and before.snapshots() - served:
             # Only a controller that once told of a dataset may take it away: one that lost its disk knows of none.
             await self._drop_unserved(served)
@@ -212,7 +227,20 @@ class CacheNode:
         except ShoalError as error:
             log.warning("snapshot %s is not to be had: %s", digest, error)
             return None
-        return await asyncio.to_thread(self.inventory.of, opened)
+        return await self.holdings(opened)
+
+    async def holdings(self, opened: Snapshot) -> Holdings:
+        """What is held of a snapshot; counted once for all who ask first."""
+        known = self.inventory.known().get(opened.digest)
+        if known is not None:
+            return known
+        task = self._counting.get(opened.digest)
+        if task is None:
+            task = asyncio.create_task(asyncio.to_thread(self.inventory.of, opened))
+            self._counting[opened.digest] = task
+            task.add_done_callback(lambda _: self._counting.pop(opened.digest))
+            task.add_done_callback(lambda t: t.cancelled() or t.exception())  # all who asked may have left
+        return await asyncio.shield(task)
 
     def order(self, spec: ShardSpec) -> tuple[MapNode, ...]:
         """Owners of a shard, then everybody else; empty while the map names nobody."""
@@ -306,8 +334,12 @@ class CacheNode:
         urgency: Urgency,
         start: int = 0,
         avoid: frozenset[str] = shard_client.NOBODY,
+        due: float = 0.0,
     ) -> Fill:
         """The one fill of a shard, with room made for it; a new one begins with the part that byte `start` is in.
+
+        Args:
+            due: when a stream needs it (`time.monotonic`), with `Urgency.NEED`.
 
         Raises:
             AlreadySealed: another fill was faster.
@@ -321,6 +353,7 @@ class CacheNode:
             raise DiskFailed(self.disk.fault)
         running = self.fills.running(spec.key)
         if running is not None:
+            running.join(urgency, due)
             return running
         is_move = urgency is Urgency.REBALANCE
         await self.whereabouts.settle(spec.snapshot.digest)
@@ -331,22 +364,22 @@ class CacheNode:
         first = start // self.config.part_size
         is_new = not self.store.has_partial(spec.key)
         try:
-            fill = await self._join(spec, source, urgency, first)
+            fill = await self._join(spec, source, urgency, first, due)
         except StoreFull:
             if not await self.room.make(spec, urgency):
                 raise
-            fill = await self._join(spec, source, urgency, first)
+            fill = await self._join(spec, source, urgency, first, due)
         if urgency is Urgency.PREFETCH and is_new:
             self.usage.prefetched(spec.key, spec.size_bytes)
         fill.sealed.add_done_callback(functools.partial(self._on_filled, spec.key))
         return fill
 
-    async def _join(self, spec: ShardSpec, source: Source, urgency: Urgency, first: int) -> Fill:
+    async def _join(self, spec: ShardSpec, source: Source, urgency: Urgency, first: int, due: float) -> Fill:
         budget = self.budget_of(spec.dataset.record.name)
-        joining = self.fills.join(spec.key, spec.size_bytes, source, budget, urgency, first)
-        if not self.store.has_partial(spec.key):
+        joining = self.fills.join(spec.key, spec.size_bytes, source, budget, urgency, first, due)
+        if not self.store.begin_blocks(spec.key):
             return await joining
-        try:  # what an earlier fill left is read first
+        try:  # what an earlier fill left is read first, and what is being removed is waited for
             return await self.disk.unless_it_stalls(joining)
         except DiskStalls as error:
             raise DiskFailed(str(error)) from None
@@ -411,6 +444,7 @@ class CacheNode:
                 await asyncio.to_thread(self.usage.save)
             except OSError as error:
                 log.warning("the last uses of datasets could not be kept: %s", error)
+                self.disk.failed(error)
 
     def _on_sealed(self, key: Key) -> None:
         self.inventory.sealed(key)
@@ -431,6 +465,8 @@ class CacheNode:
     async def close(self) -> None:
         self._keeping.cancel()
         await asyncio.gather(self._keeping, return_exceptions=True)
+        await self.indexes.close()
+        await self.streams.close()
         await self.rebalance.close()
         await self.whereabouts.close()
         await self._scrubber.close()

@@ -4,7 +4,8 @@ They are read in steps, and the next step begins when less than one of them wait
 two steps, however slow it is, and a thread only while its source gives bytes. All readers share one bound: the more
 they hold, the smaller are the steps, and whoever comes when even the smallest find no room is told to come back.
 
-The rule: no thread ever waits for a reader.
+The rule: no thread ever waits for a reader, and no reader's end for a thread. What a reader that left had asked for
+does not begin; what had begun ends by itself, and its bytes count until then.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from shoal.errors import Overloaded
 from shoal_cachenode.source import Source
+from shoal_cachenode.turns import Turns
 
 #: What all bytes that wait to be passed on may hold. Half of it is for the smallest steps, two for each reader.
 PASSING_BYTES = 512 << 20
@@ -24,7 +26,7 @@ MIN_STEP_BYTES = 128 << 10
 #: Of what is left of the other half, a reader's next step may take so much: the first ones leave some to the next.
 _FREE_SHARE = 1 / 8
 #: Threads that read sources. They are not the default ones, which short work waits for: opening a file, sending from a
-#: cold one.
+#: cold one. One dataset has half of them at most, so that an origin that hangs leaves the others' readers some.
 THREADS = 64
 #: Steps that a reader holds at most: one that is sent, one that comes in.
 _STEPS_HELD = 2
@@ -41,7 +43,7 @@ class Passing:
         self._part_size = part_size
         self._limit_bytes = limit_bytes
         self._most = max(1, limit_bytes // 2 // (_STEPS_HELD * min(MIN_STEP_BYTES, part_size)))
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="through")
+        self._turns = Turns(THREADS, max(1, THREADS // 2), name="through")
         self.readers = 0
         #: Bytes that wait to be sent or are being read.
         self.held_bytes = 0
@@ -52,8 +54,8 @@ class Passing:
         free = self._limit_bytes // 2 - self.held_bytes
         return min(self._part_size, max(MIN_STEP_BYTES, int(free * _FREE_SHARE)))
 
-    async def stream(self, source: Source, start: int, end: int) -> AsyncGenerator[bytes, None]:
-        """Bytes [start, end) of `source` as they come.
+    async def stream(self, source: Source, start: int, end: int, *, dataset: str) -> AsyncGenerator[bytes, None]:
+        """Bytes [start, end) of `source`, a shard's of `dataset`, as they come.
 
         Raises:
             Overloaded: too many readers already.
@@ -66,7 +68,6 @@ class Passing:
             )
         self.readers += 1
         pieces = _Pieces(self)
-        loop = asyncio.get_running_loop()
         reading: asyncio.Future[None] | None = None
         try:
             while True:
@@ -77,7 +78,7 @@ class Passing:
                     step = self.step_bytes
                     if start < end and pieces.held_bytes < step and (reading is None or not reading.exception()):
                         stop = min(end, (start // self._part_size + 1) * self._part_size, start + step)
-                        reading = loop.run_in_executor(self._threads, source.stream, start, stop, pieces.put)
+                        reading = self._turns.begin(dataset, partial(pieces.read, source, start, stop))
                         reading.add_done_callback(pieces.tell)
                         pieces.hold(stop - start)
                         start = stop
@@ -88,16 +89,14 @@ class Passing:
                 else:
                     await pieces.news()
         finally:
-            pieces.abandon()
-            if reading is not None:
-                await asyncio.wait([reading])
-                if not reading.cancelled():
-                    reading.exception()  # told to the reader, or of no use to one who left
-            pieces.drop()
             self.readers -= 1
+            if reading is None or reading.done() or self._turns.withdraw(dataset, reading):
+                pieces.abandon()
+            else:
+                pieces.abandon(reading)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False)
+        self._turns.close()
 
 
 class _Abandoned(Exception):
@@ -120,17 +119,27 @@ class _Pieces:
         self.held_bytes += size_bytes
         self._passing.held_bytes += size_bytes
 
-    def put(self, data: memoryview) -> None:
+    def read(self, source: Source, start: int, end: int) -> None:
+        """In a thread: have `source` put bytes [start, end) here."""
+        if not self._is_abandoned:
+            source.stream(start, end, self._put)
+
+    def _put(self, data: memoryview) -> None:
         """In a thread: hand over a copy, since a source's view is valid only during the call."""
         if self._is_abandoned:
             raise _Abandoned
-        self._loop.call_soon_threadsafe(self._arrived, bytes(data))
+        if data:  # else the source only asks whether anybody is here
+            self._loop.call_soon_threadsafe(self._arrived, bytes(data))
 
     def _arrived(self, piece: bytes) -> None:
-        self.waiting.append(piece)
-        self._news.set()
+        if not self._is_abandoned:
+            self.waiting.append(piece)
+            self._news.set()
 
-    def tell(self, _: object) -> None:
+    def tell(self, reading: asyncio.Future[None]) -> None:
+        """A reading has ended."""
+        if not reading.cancelled():
+            reading.exception()  # told to the reader, or of no use to one who left
         self._news.set()
 
     def take(self) -> bytes:
@@ -143,9 +152,16 @@ class _Pieces:
         self._news.clear()
         await self._news.wait()
 
-    def abandon(self) -> None:
+    def abandon(self, reading: asyncio.Future[None] | None = None) -> None:
+        """Nobody takes any more. What `reading` still brings counts until it ends; all else is here no more."""
         self._is_abandoned = True
+        if reading is None:
+            self._drop()
+            return
+        self.hold(-sum(map(len, self.waiting)))
+        self.waiting.clear()
+        reading.add_done_callback(self._drop)
 
-    def drop(self) -> None:
+    def _drop(self, _: object = None) -> None:
         self.waiting.clear()
         self.hold(-self.held_bytes)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from shoal.errors import ShoalError
+from shoal.errors import OriginChanged, ShoalError
 from shoal.snapshot import Snapshot
 from shoal_cachenode.holdings import Holdings
 from shoal_cachenode.library import KnownDataset, ShardSpec
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 
 #: Shards on their way at a time, for each fetch that may run: small shards then keep every fetch busy.
 SHARDS_A_FETCH = 2
-ATTEMPTS = 3
+#: About how long to wait after each failed attempt at a shard but the last, so that a drive or a peer can come back.
+PAUSES_S = (1.0, 5.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,8 @@ class Prefetches:
 
     async def reports(self) -> list[ShareReport]:
         """Every share that is worked out, for the next report to the controller."""
-        return [await asyncio.to_thread(self._report, share) for share in self._shares.values() if share.is_planned]
+        shares = [share for share in self._shares.values() if share.is_planned]  # orders may come between two reports
+        return [await asyncio.to_thread(self._report, share) for share in shares]
 
     async def close(self) -> None:
         for share in self._shares.values():
@@ -121,6 +124,7 @@ class Prefetches:
         except asyncio.CancelledError:
             raise
         except (ShoalError, StoreFull, DiskFailed) as error:
+            log.warning("prefetch %s stopped: %s", share.order.job_id, error)
             share.failure, share.is_planned = str(error), True
         except Exception as error:
             log.exception("prefetch %s failed", share.order.job_id)
@@ -130,7 +134,7 @@ class Prefetches:
         node = self._node
         share.known = node.library.knowledge.dataset_of(share.order.snapshot)
         share.opened = await node.library.snapshot(share.order.snapshot)
-        share.holdings = await asyncio.to_thread(node.inventory.of, share.opened)
+        share.holdings = await node.holdings(share.opened)
         share.ordinals = await asyncio.to_thread(self._ordinals, share)
         share.bytes_short = await self._short(share)
         share.is_planned = True
@@ -167,9 +171,13 @@ class Prefetches:
             for ordinal in missing:
                 await self._fetch_shard(share, ordinal)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(SHARDS_A_FETCH * node.config.fetches):
-                group.create_task(fetch_some())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(SHARDS_A_FETCH * node.config.fetches):
+                    group.create_task(fetch_some())
+        except ExceptionGroup as failed:  # of failures at a time one tells enough; a surprise is told before others
+            surprises = failed.split(ShoalError)[1]
+            raise (surprises or failed).exceptions[0] from None
         sealed = node.store.sealed_sizes()
         words = holdings.table.keys[share.ordinals].astype("<u8")
         absent = sum(row.tobytes() not in sealed for row in words)
@@ -183,7 +191,7 @@ class Prefetches:
         key = table.keys[ordinal].astype("<u8").tobytes()
         row, index = int(table.rows[ordinal]), int(table.indexes[ordinal])
         spec = ShardSpec(share.known, share.opened, row, index, key, int(table.sizes[ordinal]))
-        for attempt in range(1, ATTEMPTS + 1):
+        for pause_s in (*PAUSES_S, None):
             if self._node.store.is_sealed(key):
                 break
             try:
@@ -194,8 +202,9 @@ class Prefetches:
                 break
             except (StoreFull, DiskFailed, ShoalError) as error:
                 # The source has retried what may pass already; another attempt is for a peer or a drive that came back.
-                if attempt == ATTEMPTS or isinstance(error, StoreFull):
+                if pause_s is None or isinstance(error, StoreFull | OriginChanged):
                     path = share.opened.path(row)
                     raise ShoalError(f"{path or share.known.record.origin}: {error}") from error
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))  # not all shards of all nodes at once
         # The store may know of a seal sooner than what is reported beside the job: both are to say the same.
         self._node.inventory.sealed(key)

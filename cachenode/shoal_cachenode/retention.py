@@ -87,7 +87,8 @@ def droppable(
 
     Args:
         sizes: bytes of the shards on the node, in the order of their keys. Shape (n,).
-        filling: which of them are on their way in: they count, and none of them is dropped. Shape (n,).
+        filling: which of them are on their way in, or will be read by a stream that runs: they count, and none of them
+            is dropped. Shape (n,).
         served: which of them any snapshot of any dataset names. Shape (n,).
         holdings: of every dataset.
         asker: counts as live; "" where nobody in particular asks.

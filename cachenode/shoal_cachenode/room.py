@@ -46,8 +46,8 @@ class Room:
     async def make(self, spec: ShardSpec, urgency: Urgency) -> bool:
         """Drop what may be dropped for a shard until it fits; whether it does.
 
-        A read is worth any idle dataset, a prefetch as far as its allowance goes. A move is worth one if its own
-        dataset is in use: else two idle ones would push each other out for ever.
+        A read, and what a running stream will read, is worth any idle dataset, a prefetch as far as its allowance goes.
+        A move is worth one if its own dataset is in use: else two idle ones would push each other out for ever.
 
         Raises:
             StoreFull: only what prefetches have used up keeps it from fitting.

@@ -1,7 +1,8 @@
 """Which part is fetched next, of all fills of a node, and how many at a time.
 
-Parts queue in one lane a dataset. Of what may begin, the most urgent goes first, then the dataset that has the fewest
-fetches under way, then who came first. Three things hold a part back:
+Parts queue in one lane a dataset. Of what may begin, the most urgent goes first; of what streams need
+(`shoal_cachenode.streams`) what is needed first; then the dataset that has the fewest fetches under way, then who came
+first. Three things hold a part back:
 
     its dataset has `fetches` under way     so an origin that hangs leaves as many to the others
     its origin's budget has no room         (`shoal_cachenode.origin_budget`); what peers give goes on meanwhile
@@ -36,8 +37,8 @@ log = logging.getLogger(__name__)
 
 #: Datasets that may have all their fetches under way beside each other.
 DATASETS_AT_A_TIME = 2
-#: Of a dataset's fetches and its origin's window, what prefetches may have: a reader that comes finds room.
-PREFETCH_SHARE = 0.75
+#: Of a dataset's fetches and its origin's window, what nobody waits for may have: a reader that comes finds room.
+AHEAD_SHARE = 0.75
 #: Threads that verify and sync finished shards, and finished shards that may wait for them.
 SEALERS = 2
 SEALS_WAITING = 64
@@ -50,8 +51,9 @@ class Urgency(enum.IntEnum):
 
     DEMAND = 0  #: a reader waits for this part
     REST = 1  #: a reader wanted another part of this shard
-    PREFETCH = 2  #: nobody waits yet
-    REBALANCE = 3  #: a peer has it, and serves it meanwhile
+    NEED = 2  #: a stream will read this shard, and has said when
+    PREFETCH = 3  #: nobody waits yet
+    REBALANCE = 4  #: a peer has it, and serves it meanwhile
 
 
 class DiskFailed(Exception):
@@ -94,9 +96,10 @@ class Filling(Protocol):
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Waiting:
-    """One part that waits, the most urgent first."""
+    """One part that waits, the most urgent first. `due`: when it is needed (`time.monotonic`), for `NEED` alone."""
 
     urgency: Urgency
+    due: float
     sequence: int
     fill: Filling = field(compare=False)
     part: int = field(compare=False)
@@ -116,7 +119,7 @@ class _Lane:
 
     def room_in_s(self, waiting: _Waiting, fetches: int, *, from_origin: bool) -> float:
         """As `OriginBudget.room_in_s`; infinity where the dataset has enough under way."""
-        share = PREFETCH_SHARE if waiting.urgency >= Urgency.PREFETCH else 1.0
+        share = AHEAD_SHARE if waiting.urgency >= Urgency.NEED else 1.0
         if self.in_flight >= max(1.0, share * fetches):
             return math.inf
         return self.budget.room_in_s(share) if from_origin else 0.0
@@ -152,8 +155,8 @@ class Scheduler:
         """Parts that wait."""
         return sum(len(lane.anywhere) + len(lane.origin) for lane in self._lanes.values())
 
-    def push(self, urgency: Urgency, fill: Filling, part: int) -> None:
-        self._lane(fill).push(_Waiting(urgency, next(self._sequence), fill, part))
+    def push(self, urgency: Urgency, fill: Filling, part: int, due: float = 0.0) -> None:
+        self._lane(fill).push(_Waiting(urgency, due, next(self._sequence), fill, part))
         self.dispatch()
 
     def _lane(self, fill: Filling) -> _Lane:
@@ -183,7 +186,7 @@ class Scheduler:
 
     def _next(self) -> tuple[_Lane, _Waiting] | None:
         """Take the next part out of its queue; None where none may begin, or nothing waits."""
-        best: tuple[Urgency, int, int] | None = None
+        best: tuple[Urgency, float, int, int] | None = None
         chosen: tuple[_Lane, list[_Waiting]] | None = None
         soonest_s = math.inf
         for budget, lane in list(self._lanes.items()):
@@ -199,7 +202,7 @@ class Scheduler:
                 if room_in_s > 0:
                     soonest_s = min(soonest_s, room_in_s)
                     continue
-                rank = first.urgency, lane.in_flight, first.sequence
+                rank = first.urgency, first.due, lane.in_flight, first.sequence
                 if best is None or rank < best:
                     best, chosen = rank, (lane, queue)
         if chosen is None:
@@ -253,8 +256,9 @@ class Scheduler:
             lane.in_flight -= 1
             if again:
                 # A reader may have come meanwhile, and found the part under way.
-                urgency = Urgency.DEMAND if fill.is_awaited(part) else waiting.urgency
-                heapq.heappush(lane.origin, _Waiting(urgency, waiting.sequence, fill, part))
+                if fill.is_awaited(part):
+                    waiting = _Waiting(Urgency.DEMAND, 0.0, waiting.sequence, fill, part)
+                heapq.heappush(lane.origin, waiting)
             self.dispatch()
 
     def _as_long_waiting(self, lane: _Lane, began: int) -> Iterator[Filling]:

@@ -40,7 +40,10 @@ class Source(Protocol):
     def needs_origin(self) -> bool: ...
 
     def stream(self, start: int, end: int, sink: Sink) -> None:
-        """Hand bytes [start, end) of the shard to `sink` as they come; see `Origin.stream`. Raises ShoalError."""
+        """Hand bytes [start, end) of the shard to `sink` as they come; see `Origin.stream`. Raises ShoalError.
+
+        `sink` may raise to end it, and may be asked with an empty piece whether it will.
+        """
         ...
 
 
@@ -66,6 +69,8 @@ class OriginSource:
 
     def stream(self, start: int, end: int, sink: Sink) -> None:
         with self.budget.read(end - start, waits=self.waits):
+            if self.waits:
+                sink(memoryview(b""))  # whoever wanted it may have left meanwhile, and is not to cost the origin a read
             self.origin.stream(self.path, self.version, self.offset + start, self.offset + end, sink)
         self.on_read.add(end - start)
 

@@ -12,9 +12,15 @@ held against its attribute when it is first opened. It is also read and verified
 - where anybody wrote to the file: its time of modification is not that of the seal, or, while it is open here, its
   time of change moved.
 
+It is verified once for all who come meanwhile, and not again: that it was is in its attribute from then on or, where
+the drive takes no writes, remembered as long as this process runs.
+
 A sealed file that is damaged is dropped. Where the drive does not let it go it is *condemned*: never served again,
 counted until it is gone. A file that is dropped while somebody maps or reads it keeps its room on the drive until the
 last of them lets go; the ledger counts that room as free.
+
+A shard that is just being evicted is sealed no more, and a new fill of it waits until its file is gone, so that it is
+never the new one's file that goes.
 
 The rule: eviction is ``unlink``, never ``truncate``, so a map, a descriptor or a running ``sendfile`` stays valid.
 
@@ -38,13 +44,15 @@ from shoal_cachenode.data_directory import DataDirectory, sync_directory
 from shoal_cachenode.ledger import Ledger
 from shoal_cachenode.operations import Operations
 from shoal_cachenode.partial_file import PartialFile
-from shoal_cachenode.sealed_file import Damage, SealedFile, check
+from shoal_cachenode.sealed_file import Damage, SealedFile, check, stamp
 from shoal_cachenode.shard_file import XATTR, ShardHeader
 
 log = logging.getLogger(__name__)
 
 #: Descriptors of sealed files kept open between requests.
 MAX_OPEN_FILES = 512
+#: Who waits for another thread to verify a shard says so often that the wait is none for the drive: that one tells.
+_BEAT_INTERVAL_S = 0.5
 _SENTENCES = {
     Damage.MISSING: "its file is gone",
     Damage.TORN: "its file is not as long as it was sealed, or its attribute is not its own",
@@ -91,11 +99,14 @@ class Store:
         self.operations = Operations()
         #: Called, in whatever thread found it, after a sealed shard was dropped because it is damaged.
         self.on_lost: Callable[[Key, Damage], None] = lambda key, damage: None
-        self._lock = threading.Lock()  # guards _ledger, _open, _touched and _partials
+        self._lock = threading.Lock()  # guards everything down to _leaving
         self._ledger = Ledger(capacity_bytes)
         self._open: OrderedDict[Key, SealedFile] = OrderedDict()
+        self._opening: dict[Key, threading.Event] = {}  # set when the one thread that opens the file is done
         self._touched: set[Key] = set()  # somebody wrote to their files since they were opened here
+        self._verified: dict[Key, tuple[int, int]] = {}  # stamps of files whose attributes could not be written
         self._partials: dict[Key, PartialFile | None] = {}
+        self._leaving: dict[Key, threading.Event] = {}  # set when the file that is being unlinked is gone, or stays
         self._sealed_directory = directory / "shards"
         self._filling_directory = directory / "filling"
         self._data = DataDirectory(directory, [self._sealed_directory, self._filling_directory])
@@ -130,7 +141,7 @@ class Store:
             return dict(self._ledger.reserved)
 
     def is_sealed(self, key: Key) -> bool:
-        return key in self._ledger.sealed
+        return key in self._ledger.sealed and key not in self._leaving
 
     def open_cached(self, key: Key) -> SealedFile | None:
         """The sealed file of `key` if it is open already and untouched, counted for the caller. Does not block."""
@@ -142,10 +153,11 @@ class Store:
         if file.is_untouched:
             return file
         with self._lock:
-            self._touched.add(key)
             kept = self._open.get(key) is file
             if kept:
                 del self._open[key]
+            if key not in self._open:  # else it was verified and opened anew since
+                self._touched.add(key)
         for _ in range(1 + kept):
             file.release()
         return None
@@ -156,11 +168,26 @@ class Store:
         Raises:
             OSError: it cannot be opened now, which is not its fault: this process has no descriptors left, say.
         """
-        file = self.open_cached(key)
-        if file is not None:
-            return file
-        if not self.is_sealed(key):
-            return None
+        while True:
+            file = self.open_cached(key)
+            if file is not None or not self.is_sealed(key):
+                return file
+            with self._lock:
+                opened = self._opening.get(key)
+                if opened is None:
+                    opened = self._opening[key] = threading.Event()
+                    break
+            while not opened.wait(_BEAT_INTERVAL_S):
+                self.operations.beat()
+        try:
+            return self._open_first(key)
+        finally:
+            with self._lock:
+                del self._opening[key]
+            opened.set()
+
+    def _open_first(self, key: Key) -> SealedFile | None:
+        """Open a file that nobody else opens meanwhile, and keep it open for those who come."""
         try:
             file = self._open_file(key)
         except _Damaged as error:
@@ -169,8 +196,8 @@ class Store:
         file.retain()
         with self._lock:
             self._touched.discard(key)
-            if key not in self._ledger.sealed or key in self._open:
-                file.release()  # evicted, or opened by another thread, meanwhile: this one is the caller's alone
+            if not self.is_sealed(key):
+                file.release()  # evicted meanwhile: this one is the caller's alone
                 return file
             self._open[key] = file
             crowded = self._open.popitem(last=False)[1] if len(self._open) > MAX_OPEN_FILES else None
@@ -194,24 +221,32 @@ class Store:
             if header.size_bytes != found.st_size or not header.is_complete:
                 raise _Damaged(Damage.TORN)
             is_touched = header.written_ns != found.st_mtime_ns or key in self._touched
-            if header.generation < self.generation or is_touched:
-                self._verify_once(key, fd, header)
+            if (header.generation < self.generation or is_touched) and self._verified.get(key) != stamp(fd):
+                self._verify(key, fd, header)
             return SealedFile(fd, header)
         except BaseException:
             os.close(fd)
             raise
 
-    def _verify_once(self, key: Key, fd: int, header: ShardHeader) -> None:
+    def _verify(self, key: Key, fd: int, header: ShardHeader) -> None:
         damage = check(fd, header, self.operations.beat)
         if damage is not None:
             raise _Damaged(damage)
         header.generation = self.generation
         header.written_ns = os.fstat(fd).st_mtime_ns
-        path = self._sealed_path(key)
-        with contextlib.suppress(OSError):  # a drive that cannot be written to has it verified again next time
-            path.chmod(0o644)  # setxattr wants a writable file
-            os.setxattr(path, XATTR, header.encode(key))
-            path.chmod(0o444)
+        is_noted = False
+        with contextlib.suppress(OSError):
+            os.fchmod(fd, 0o644)  # an attribute can be set on a file that may be written, however it was opened
+            try:
+                os.setxattr(fd, XATTR, header.encode(key))
+                is_noted = True
+            finally:
+                os.fchmod(fd, 0o444)
+        with self._lock:
+            if is_noted:
+                self._verified.pop(key, None)
+            elif key in self._ledger.sealed:
+                self._verified[key] = stamp(fd)
 
     def verify(self, key: Key) -> Damage | None:
         """Read a sealed shard; drop it where it does not read back as it was sealed, and say what was wrong.
@@ -232,9 +267,10 @@ class Store:
     def lose(self, key: Key, damage: Damage) -> None:
         """Drop a sealed shard that is damaged. Where the drive keeps the file it is never served again all the same."""
         with self._lock:
-            if not self._ledger.condemn(key):
+            if key in self._leaving or not self._ledger.condemn(key):
                 return  # somebody else was faster
             self._touched.discard(key)
+            self._verified.pop(key, None)
             file = self._open.pop(key, None)
         if file is not None:
             file.release()
@@ -261,12 +297,20 @@ class Store:
 
     def has_partial(self, key: Key) -> bool:
         """Whether an earlier fill of `key` left a file."""
-        return key in self._ledger.reserved
+        return key in self._ledger.reserved and key not in self._leaving
 
-    def begin(self, key: Key, size_bytes: int) -> PartialFile:
+    def begin_blocks(self, key: Key) -> bool:
+        """Whether `begin` touches the disk: an earlier fill left a file, or a file of `key` is just being removed."""
+        return key in self._ledger.reserved or key in self._leaving
+
+    def begin(self, key: Key, size_bytes: int, *, waits: bool = True) -> PartialFile:
         """Reserve room for `key` and take up the partial file that an earlier fill left, or a new one.
 
-        Touches the disk only where `has_partial`: a new file is made when its first part is written.
+        Touches the disk only where `begin_blocks`: a new file is made when its first part is written.
+
+        Args:
+            waits: until a file of `key` that is just being removed is gone. Without it, `AlreadySealed` is raised: the
+                shard was when `begin_blocks` said no.
 
         Raises:
             AlreadySealed: another fill was faster.
@@ -276,16 +320,15 @@ class Store:
         path = self._filling_directory / key.hex()
         if self._ledger.reserved.get(key, size_bytes) != size_bytes:
             self.evict(key)  # of another size than its shard has: nothing of it is of use
-        with self._lock:
-            if key in self._ledger.sealed:
+        while True:
+            with self._lock:
+                leaving = self._leaving.get(key)
+                if leaving is None:
+                    left_over = self._claim(key, size_bytes)
+                    break
+            if not waits:
                 raise AlreadySealed
-            if key in self._ledger.condemned:
-                raise StoreFull(f"the damaged file of shard {key.hex()} is still on the drive")
-            left_over = key in self._ledger.reserved
-            assert self._partials.get(key) is None, "a shard has one fill at a time"
-            if not left_over and not self._ledger.reserve(key, size_bytes):
-                raise StoreFull(f"{size_bytes} bytes do not fit into the {self._ledger.free_bytes} that are free")
-            self._partials[key] = None
+            leaving.wait()
         try:
             if left_over:
                 with self.operations.timed:
@@ -298,6 +341,19 @@ class Store:
         with self._lock:
             self._partials[key] = partial
         return partial
+
+    def _claim(self, key: Key, size_bytes: int) -> bool:
+        """Under the lock: take `key` for a fill; whether its room was reserved by an earlier one. Raises as `begin`."""
+        if key in self._ledger.sealed:
+            raise AlreadySealed
+        if key in self._ledger.condemned:
+            raise StoreFull(f"the damaged file of shard {key.hex()} is still on the drive")
+        left_over = key in self._ledger.reserved
+        assert self._partials.get(key) is None, "a shard has one fill at a time"
+        if not left_over and not self._ledger.reserve(key, size_bytes):
+            raise StoreFull(f"{size_bytes} bytes do not fit into the {self._ledger.free_bytes} that are free")
+        self._partials[key] = None
+        return left_over
 
     def _new(self, key: Key, path: Path, size_bytes: int) -> PartialFile:
         return PartialFile(self, key, path, ShardHeader.empty(size_bytes, self.part_size, self.generation))
@@ -353,20 +409,29 @@ class Store:
         Raises OSError as the disk does; the shard is here as before then.
         """
         with self._lock:
-            if key in self._partials:
+            if key in self._partials or key in self._leaving or not self._ledger.holds(key):
                 return 0
             is_partial = key in self._ledger.reserved
-        path = self._filling_directory / key.hex() if is_partial else self._sealed_path(key)
-        with self.operations.timed:
-            path.unlink(missing_ok=True)
-        self.operations.beat()
-        with self._lock:
-            # Together: until the ledger forgets the key, another thread may open the file and keep it in `_open`.
+            gone = self._leaving[key] = threading.Event()
             file = self._open.pop(key, None)
-            self._touched.discard(key)
-            freed = self._ledger.release(key)
         if file is not None:
             file.release()
+        path = self._filling_directory / key.hex() if is_partial else self._sealed_path(key)
+        freed = 0
+        is_gone = False
+        try:
+            with self.operations.timed:
+                path.unlink(missing_ok=True)
+            is_gone = True
+            self.operations.beat()
+        finally:
+            with self._lock:
+                if is_gone:
+                    self._touched.discard(key)
+                    self._verified.pop(key, None)
+                    freed = self._ledger.release(key)
+                del self._leaving[key]
+            gone.set()
         return freed
 
     def idle_partials(self) -> dict[Key, int]:

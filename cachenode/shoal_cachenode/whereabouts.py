@@ -78,8 +78,8 @@ class Whereabouts:
 
     def masks(self, digest: str, count: int) -> Mapping[str, Mask]:
         """For each peer that answered, which of the snapshot's `count` shards it holds."""
-        known = self._known.get(digest)
-        return {peer: unpack(bits, count) for peer, bits in known.bits.items()} if known is not None else {}
+        known = self._known.get(digest)  # `room` asks in a thread, while peers answer
+        return {peer: unpack(bits, count) for peer, bits in known.bits.copy().items()} if known is not None else {}
 
     def asked_at(self, digest: str) -> float:
         """When peers were asked last (`time.monotonic`); below 0: never."""

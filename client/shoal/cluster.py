@@ -14,6 +14,7 @@ import logging
 import math
 import mmap
 import os
+import stat
 import tempfile
 import threading
 import time
@@ -26,7 +27,15 @@ from shoal import shard_client
 from shoal.cluster_map import ClusterMap, Node, NodeState
 from shoal.connection import Answer
 from shoal.datasets import DatasetRecord
-from shoal.errors import ClusterUnavailable, InvalidRequest, NotFound, Overloaded, ShardCorrupt, Unavailable
+from shoal.errors import (
+    ClusterUnavailable,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    ShardCorrupt,
+    StoreUnusable,
+    Unavailable,
+)
 from shoal.local import LocalNode
 from shoal.placement import Placement
 from shoal.snapshot import Snapshot
@@ -133,12 +142,13 @@ class Cluster:
         try:
             newest: dict[str, Any] = json.loads(body)
             ClusterMap.from_json(json.dumps(newest["map"]))
-        except (ValueError, KeyError, TypeError) as error:
+            is_late = newest["epoch"] < self._known_epoch
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ClusterUnavailable(
                 f"what answers at {self._endpoint or 'the local socket'} is no Shoal process: correct SHOAL_ENDPOINT "
                 "(or storage_options 'endpoint')"
             ) from error
-        if newest["epoch"] < self._known_epoch:
+        if is_late:
             # Whoever answered is late itself. The nodes hear of a new map from the controller, so one of them has it.
             for address in self._node_addresses():
                 try:
@@ -195,7 +205,7 @@ class Cluster:
             raise error
         try:
             return self.transport.get(controller, target, is_hasty=True)
-        except Unavailable:
+        except (Unavailable, Overloaded):
             raise error from None
 
     def datasets(self) -> list[DatasetRecord]:
@@ -230,30 +240,33 @@ class Cluster:
         return self._snapshots.setdefault(digest, opened)
 
     def _download(self, digest: str) -> Snapshot:
-        path = _snapshot_cache() / f"{digest}.arrow"
-        try:
-            return Snapshot.open(path)
-        except FileNotFoundError:
-            pass
-        except ShardCorrupt as error:
-            log.warning("fetching the snapshot anew: %s", error)
-            path.unlink(missing_ok=True)
+        shared = _shared_snapshots()
+        path = None if shared is None else shared / f"{digest}.arrow"
+        if path is not None:
+            try:
+                return Snapshot.open(path)
+            except FileNotFoundError:
+                pass
+            except StoreUnusable as error:
+                log.warning("fetching a copy of our own: %s", error)
+                path = None
+            except ShardCorrupt as error:
+                log.warning("fetching the snapshot anew: %s", error)
+                path.unlink(missing_ok=True)
         # A file without a name: whatever happens to this process before the end, nothing is left of it.
         try:
-            fd = os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fd = os.open(shared or tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError:
             fd = os.memfd_create("shoal-snapshot")  # a file system without such files: a copy of our own
+            path = None
         try:
             address = self._receive_snapshot(digest, fd)
             opened = Snapshot.from_fd(fd)
             opened.verify()
             if opened.digest != digest:
                 raise ShardCorrupt(f"{address} sent snapshot {opened.digest} where {digest} was asked for")
-            try:
-                # As open(2) has it under O_TMPFILE; with a directory given Python calls linkat, which follows the link.
-                os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
-            except OSError as error:
-                log.debug("snapshot %s is not shared: %s", digest, error)  # mostly: another process was faster
+            if path is not None:
+                _link(fd, path)
         finally:
             os.close(fd)
         return opened
@@ -293,13 +306,36 @@ class Cluster:
             return placement
 
 
-def _snapshot_cache() -> Path:
-    """Where this user's processes share snapshots on a machine without a cache node."""
-    directory = Path(tempfile.gettempdir()) / f"shoal-{os.getuid()}" / "snapshots"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if directory.parent.stat().st_uid != os.getuid():
-        # Another user made it first: what lies in there is theirs to change, so it is not to be trusted.
-        directory = Path(tempfile.mkdtemp(prefix="shoal-"))
+def _link(fd: int, path: Path) -> None:
+    """Give a file without a name one, for the other processes of this user."""
+    try:
+        # As open(2) has it under O_TMPFILE; with a directory given Python calls linkat, which follows the link.
+        os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
+    except OSError as error:
+        log.debug("%s is not shared: %s", path, error)  # mostly: another process was faster
+
+
+def _shared_snapshots() -> Path | None:
+    """Where this user's processes share snapshots on a machine without a cache node.
+
+    None where others can put something there, since a snapshot from there is taken for what its name says: then each
+    process has a copy of its own, in a file without a name.
+    """
+    try:
+        directory = Path(tempfile.gettempdir())
+        for name in (f"shoal-{os.getuid()}", "snapshots"):
+            directory /= name
+            try:
+                directory.mkdir(mode=0o700)
+            except FileExistsError:
+                pass
+            found = directory.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+                log.warning("snapshots are not shared: others can change %s, so remove it", directory)
+                return None
+    except OSError as error:
+        log.debug("snapshots are not shared: %s", error)
+        return None
     return directory
 
 

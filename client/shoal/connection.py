@@ -253,7 +253,7 @@ class Connection:
         if "shoal-length" in headers and not descriptors:
             raise DescriptorsLost("no descriptor came with the answer: raise this process's limit of open files")
         length = 0 if method == "HEAD" else int(headers["content-length"])
-        if make_view is not None and status < 400 and not descriptors:
+        if make_view is not None and status < 300 and not descriptors:
             view = make_view()
             check = make_check(headers) if make_check is not None else None
             trailing = bytearray(0 if check is None else check.trailing_bytes)

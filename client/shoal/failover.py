@@ -3,6 +3,8 @@
     refused, reset, cut      the next candidate, from the byte reached
     silent                   `shoal.watch` finds out why, and asks other candidates for what they have cached
     damaged                  the same node once more, which then drops its copy and fetches it anew
+    on its way there         an owner that has not got the shard yet names who has it, and that one is asked; then the
+                             owner again, which must see to it by itself
     everybody failed         a newer map may name others; then the origin, where that is allowed (`shoal.direct`); then
                              all once more with more patience, and at last why, where bodies were cut
 
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from shoal import memory, shard_client, transport
+from shoal import memory, provenance, shard_client, transport
 from shoal.cluster_map import Node
 from shoal.connection import Connection, DescriptorsLost, Interrupted
 from shoal.errors import DeadlineExceeded, NodeUnavailable, OriginError, ShardCorrupt, ShoalError
@@ -30,6 +32,7 @@ from shoal.shard_client import ShardAt
 from shoal.shards import Piece
 from shoal.transport import READ_TIMEOUT_S, Pending
 from shoal.watch import Superseded, Watch
+from shoal.wire.stream_post import Cause
 
 if TYPE_CHECKING:
     from shoal.cluster import Cluster
@@ -190,8 +193,25 @@ class PieceRead:
             return self._from_node(node, shard_client.SUSPECT)
 
     def _from_node(self, node: Node, headers: Mapping[str, str]) -> pa.Buffer | None:
-        """From `node`, or from whoever was faster."""
+        """From `node`, or from the one that it names, which has the shard while it is on its way to `node`."""
+        cluster = self._cluster
+        try:
+            return self._from(node, {**headers, **shard_client.TAKES_HOLDER})
+        except shard_client.HeldBy as told:
+            cluster.note_epoch(told.epoch)
+            holder = cluster.map.node(told.node_id)
+        if holder is not None and not cluster.transport.health.is_open(cluster.address_of(holder)):
+            try:
+                return self._from(holder, {**headers, **shard_client.ONLY_IF_CACHED})
+            except ShoalError as error:
+                log.info("node %s does not give what node %s says it has: %s", holder.id, node.id, error)
+                self._worst(None, error)
+        return self._from(node, headers)
+
+    def _from(self, node: Node, headers: Mapping[str, str]) -> pa.Buffer | None:
+        """From `node`, or from whoever was faster. Raises `shard_client.HeldBy` where `headers` ask for it."""
         cluster, piece, target = self._cluster, self._piece, self._target
+        observation, since = provenance.current(), 0.0
         left_s = self.until - time.monotonic()
         if left_s < READ_TIMEOUT_S or cluster.transport.health.circuits:
             headers = {**headers, **self._hints(node, left_s)}
@@ -200,6 +220,8 @@ class PieceRead:
         is_mappable = local is not None and node.id == local.node_id
         while True:
             self._asked = node
+            if observation is not None:
+                since = time.monotonic()
             try:
                 answer = shard_client.read(
                     cluster.transport,
@@ -218,15 +240,26 @@ class PieceRead:
                 continue
             except Superseded as faster:
                 target.done += faster.received
+                if observation is not None:
+                    observation.add(Cause.OTHER, node.id, since, faster.received)
                 node, begun, is_mappable = self._hedged, faster.pending, False
                 continue
+            except ShoalError as error:
+                if observation is not None:
+                    observation.add(Cause.OTHER, node.id, since, getattr(error, "received", 0))
+                raise
             cluster.note_epoch(answer.epoch)
-            if not answer.descriptors or local is None:
-                return None
-            whole = local.adopt(self._shard.id, answer)
-            if whole is not None:
-                return whole
-            is_mappable = False
+            whole: pa.Buffer | None = None
+            if answer.descriptors and local is not None:
+                whole = local.adopt(self._shard.id, answer)
+                if whole is None:
+                    is_mappable = False
+                    continue
+            if observation is not None:
+                is_local = local is not None and node.id == local.node_id
+                cause = provenance.cause_of(answer.headers, is_local=is_local)
+                observation.add(cause, node.id, since, piece.end - piece.start - target.done)
+            return whole
 
     # As `shoal.connection.Watch`: the real one is made when the first silence comes, which is mostly never.
 

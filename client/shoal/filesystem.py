@@ -143,7 +143,7 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
 
     # Finding
 
-    def _locate(self, path: str) -> tuple[Pinned, str]:
+    def locate(self, path: str) -> tuple[Pinned, str]:
         """The pinned dataset that `path` lies in, and the path inside it.
 
         Raises:
@@ -180,7 +180,7 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         return str(self._target_options.get("endpoint_url") or client.get("endpoint_url") or "")
 
     def _row(self, path: str) -> tuple[Pinned, int]:
-        pinned, inside = self._locate(path)
+        pinned, inside = self.locate(path)
         row = pinned.snapshot.find(inside)
         if row is None:
             if pinned.snapshot.is_dir(inside):
@@ -211,7 +211,7 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         if self._is_root(path):
             entries = [self._directory(r.name) for r in self.cluster.datasets() if not r.adhoc]
         else:
-            pinned, inside = self._locate(path)
+            pinned, inside = self.locate(path)
             entries = self._list(pinned, inside)
         return entries if detail else [entry["name"] for entry in entries]
 
@@ -234,7 +234,7 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         """Name, size in bytes, type and, for objects, the origin's version."""
         if self._is_root(path):
             return self._directory(self.root_marker)
-        pinned, inside = self._locate(path)
+        pinned, inside = self.locate(path)
         row = pinned.snapshot.find(inside)
         if row is not None:
             return self._entry(pinned, row)
@@ -257,7 +257,7 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         if maxdepth is not None or withdirs or self._is_root(path):
             return super().find(path, maxdepth=maxdepth, withdirs=withdirs, detail=detail, **kwargs)
         # A dataset that is not there raises: an empty answer would leave a trainer without data and without a word.
-        pinned, inside = self._locate(path)
+        pinned, inside = self.locate(path)
         row = pinned.snapshot.find(inside)
         rows: Iterable[int] = pinned.snapshot.rows_under(f"{inside}/" if inside else "") if row is None else [row]
         if detail:
@@ -305,20 +305,28 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         reader = self._readers.get(path)
         if reader is None:
             pinned, row = self._row(path)
-            reader = ObjectReader(
-                self.cluster,
-                pinned.snapshot,
-                pinned.record.replicas,
-                row,
-                verify=self._verify,
-                timeout_s=self._timeout_s,
-                direct=self._direct(pinned.record),
-            )
+            reader = self.object_reader(pinned.record, pinned.snapshot, row)
             # Good for ever, because the snapshot is pinned. Threads may race: what they make is alike.
             if len(self._readers) >= READERS_KEPT:
                 self._readers.clear()
             self._readers[path] = reader
         return reader
+
+    def object_reader(self, record: DatasetRecord, snapshot: Snapshot, row: int) -> ObjectReader:
+        """A reader of one object of a snapshot, as this file system's options say."""
+        return ObjectReader(
+            self.cluster,
+            snapshot,
+            record.replicas,
+            row,
+            verify=self._verify,
+            timeout_s=self._timeout_s,
+            direct=self._direct(record),
+        )
+
+    def read_ranges(self, wanted: Sequence[Range]) -> list[bytes | ShoalError]:
+        """Many ranges at once, in order, short ones as one request an owner; failures in their places."""
+        return ranges.read_many(self.cluster, wanted, verify=self._verify, timeout_s=self._timeout_s)
 
     def _direct(self, record: DatasetRecord) -> DirectOrigin | None:
         if not record.direct or self._origin_options is None:
@@ -406,7 +414,7 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
             else:
                 numbers.append(number)
                 wanted.append(Range(reader, *_positions(start, end, reader.size_bytes)))
-        results = ranges.read_many(self.cluster, wanted, verify=self._verify, timeout_s=self._timeout_s)
+        results = self.read_ranges(wanted)
         for number, result in zip(numbers, results, strict=True):
             found[number] = result
         if on_error != "return":

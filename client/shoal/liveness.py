@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: What is asked. 503 means: alive, but its drive hangs. Any other answer will do.
+#: What is asked. 507 means: alive, but its drive hangs. Any other answer will do, 503 too: a server with no connection
+#: or descriptor left gives it to whoever comes.
 TARGET = "/v1/alive"
 #: An address that leaves a probe unanswered for so long is grey: it accepts connections and nothing else.
 PROBE_S = 0.3
@@ -34,7 +35,8 @@ PROBE_S = 0.3
 #: process or of the machine, and the shorter the wait, the less of a pause is taken for the address's silence.
 SLICE_S = 0.01
 DRIVE_HANGS = "its drive hangs"
-_HEAD_BYTES = 12  # of "HTTP/1.1 200"
+_DRIVE_HANGS_HEAD = b"HTTP/1.1 507"
+_HEAD_BYTES = len(_DRIVE_HANGS_HEAD)
 
 
 class Awake:
@@ -86,7 +88,7 @@ class Probe:
             except ShoalError as error:
                 return str(error)
             return None
-        if head.endswith(b"503"):
+        if head == _DRIVE_HANGS_HEAD:
             return DRIVE_HANGS
         return ""
 
@@ -160,6 +162,10 @@ class Prober:
             self._asked.add(address)
         self.wake()
 
+    def end(self) -> None:
+        """The transport is closed: the thread ends as soon as it has no probe out."""
+        self._news.set()
+
     def _run(self) -> None:
         while self._round():
             pass
@@ -167,13 +173,17 @@ class Prober:
     def _round(self) -> bool:
         """One round of probes; whether there will be another."""
         transport = self._transport()
-        if transport is None or transport.is_closed:
+        if transport is None:
             return False
         health = transport.health
         with self._lock:
             asked, self._asked = self._asked, set()
             self._news.clear()
+        if transport.is_closed:  # looked at after the news are cleared: what `end` tells is not lost
+            return False
         for address in {*asked, *health.due(time.monotonic())}:
+            if transport.is_closed:
+                return False
             verdict = verdict_of(transport, address)
             if verdict:
                 if health.failed(address, verdict, time.monotonic()):

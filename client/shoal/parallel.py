@@ -1,16 +1,17 @@
 """Several requests of one read at once, on threads that the process keeps.
 
-Safe under fork: a child starts without threads and makes its own.
+Safe under fork, as `shoal.threads` is.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from shoal import provenance
+from shoal.threads import Threads
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -18,7 +19,6 @@ U = TypeVar("U")
 #: Requests that one process has under way for one read.
 MAX_PARALLEL = 16
 
-_threads: ThreadPoolExecutor | None = None
 _this_thread = threading.local()
 
 
@@ -29,12 +29,11 @@ def run_parallel(function: Callable[[T], U], arguments: Sequence[T]) -> list[U]:
     error, because their buffers are the caller's. Inside another such call the work is done in line: threads that wait
     for threads of their own pool would wait for ever.
     """
-    global _threads
     if len(arguments) < 2 or getattr(_this_thread, "is_of_pool", False):
         return [function(argument) for argument in arguments]
-    if _threads is None:
-        _threads = ThreadPoolExecutor(MAX_PARALLEL, thread_name_prefix="shoal-read", initializer=_mark_thread)
-    futures = [_threads.submit(function, argument) for argument in arguments[1:]]
+    observation = provenance.current()
+    there = function if observation is None else provenance.carried(function, observation)
+    futures = [_threads.submit(there, argument) for argument in arguments[1:]]
     try:
         first = function(arguments[0])
     finally:
@@ -46,9 +45,4 @@ def _mark_thread() -> None:
     _this_thread.is_of_pool = True
 
 
-def _after_fork_in_child() -> None:
-    global _threads
-    _threads = None  # its threads stayed in the parent
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
+_threads = Threads(MAX_PARALLEL, "shoal-read", initializer=_mark_thread)

@@ -162,9 +162,7 @@ class Placement:
             ClusterUnavailable: no node of the map may own shards.
         """
         if not self.nodes:
-            raise ClusterUnavailable(
-                f"no cache node is up (cluster map epoch {self._epoch}): start one, or wait until one has registered"
-            )
+            raise self._nobody()
         primary = int(self.primaries()[ordinal]) if self.shard_count <= BOUND_MAX_SHARDS else None
         return self._order(key or self._table().keys[ordinal].astype("<u8").tobytes(), primary)
 
@@ -173,6 +171,19 @@ class Placement:
         if self.nodes and self.shard_count <= BOUND_MAX_SHARDS:
             return self.nodes[int(self.primaries()[ordinal])]
         return self.order(ordinal, key)[0]
+
+    def firsts(self, ordinals: npt.NDArray[np.integer]) -> Indexes:
+        """The first owners of some shards, as indexes of `nodes`, in their shape. Raises as `order`."""
+        if not self.nodes:
+            raise self._nobody()
+        if self.shard_count <= BOUND_MAX_SHARDS:
+            return np.asarray(self.primaries()[ordinals])
+        return self._owners.preferred(self._table().keys[ordinals, 0])
+
+    def _nobody(self) -> ClusterUnavailable:
+        return ClusterUnavailable(
+            f"no cache node is up (cluster map epoch {self._epoch}): start one, or wait until one has registered"
+        )
 
     def primaries(self) -> Indexes:
         """Each shard's primary owner as an index of `nodes`, computed at the first call. Shared: do not write to it.
@@ -206,6 +217,17 @@ class Placement:
             return np.asarray(firsts == index)
         return np.asarray((self._owners.of(words, firsts) == index).any(axis=1))
 
+    def owners(self, ordinals: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """The owners of the shards `ordinals` as indexes of `nodes`, first owners first. Shape (n, replicas).
+
+        Raises:
+            ClusterUnavailable: as `primaries`.
+        """
+        firsts = self.primaries()[ordinals]
+        if self.replicas < 2:
+            return np.asarray(firsts[:, None], np.int64)
+        return np.asarray(self._owners.of(self._table().keys[ordinals, 0], firsts), np.int64)
+
     def _index(self, node_id: str) -> int | None:
         return next((index for index, n in enumerate(self.nodes) if n.id == node_id), None)
 
@@ -231,6 +253,10 @@ class _Owners:
         self._nodes = nodes
         self._contest = Contest(nodes)
         self._sharing = _sharing(nodes, self.replicas)
+
+    def preferred(self, words: Words) -> Indexes:
+        """The most preferred node of each shard."""
+        return self._contest.winners(words)
 
     def of(self, words: Words, firsts: Indexes) -> npt.NDArray[np.intp]:
         """Owners of the shards whose keys begin with `words`, shape (n, replicas), their primaries `firsts` first.

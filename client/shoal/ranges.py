@@ -19,13 +19,14 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shoal import memory, shard_client
+from shoal import memory, provenance, shard_client
 from shoal.errors import Overloaded, ShoalError, Unavailable
 from shoal.maps import MAP_FROM
 from shoal.parallel import run_parallel
 from shoal.shards import Piece
 from shoal.wire import batch
 from shoal.wire.batch import ShardRange
+from shoal.wire.stream_post import Cause
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,8 +50,13 @@ class Range:
 ROUNDS = 3
 
 
+_Owner = tuple[str, str, str]
+"""Id and address of a node, and a snapshot."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Batch:
+    node_id: str
     address: str
     digest: str
     numbers: list[int]
@@ -66,8 +72,9 @@ def read_many(cluster: Cluster, wanted: Sequence[Range], *, verify: bool, timeou
 
     def read_batch(one: _Batch) -> list[int]:
         """Read one batch; returns the numbers of the ranges that may be batched again."""
+        observation, since = provenance.current(), time.monotonic()
         try:
-            buffer, epoch = shard_client.read_batch(
+            buffer, answer = shard_client.read_batch(
                 cluster.transport,
                 one.address,
                 one.digest,
@@ -78,12 +85,17 @@ def read_many(cluster: Cluster, wanted: Sequence[Range], *, verify: bool, timeou
             )
         except ShoalError as error:
             log.info("a batch of %d ranges failed: %s", len(one.wanted), error)
+            if observation is not None:
+                observation.add(Cause.OTHER, one.node_id, since, 0)
             if isinstance(error, Unavailable | Overloaded):
                 failed.add(one.address)
                 return one.numbers
             ordinary.extend(one.numbers)
             return []
-        cluster.note_epoch(epoch)
+        cluster.note_epoch(answer.epoch)
+        if observation is not None:
+            is_local = cluster.local is not None and cluster.local.node_id == one.node_id
+            observation.add(provenance.cause_of(answer.headers, is_local=is_local), one.node_id, since, buffer.size)
         _take_apart(buffer, one, found)
         return []
 
@@ -96,7 +108,7 @@ def read_many(cluster: Cluster, wanted: Sequence[Range], *, verify: bool, timeou
 
     left: Sequence[int] = range(len(wanted))
     for _ in range(ROUNDS):
-        by_owner: dict[tuple[str, str], list[tuple[int, Piece]]] = defaultdict(list)
+        by_owner: dict[_Owner, list[tuple[int, Piece]]] = defaultdict(list)
         for number in left:
             each = wanted[number]
             pieces = each.reader.pieces(each.start, each.end)
@@ -117,10 +129,8 @@ def read_many(cluster: Cluster, wanted: Sequence[Range], *, verify: bool, timeou
     return [each for each in found if each is not None]
 
 
-def _batch_owner(
-    cluster: Cluster, each: Range, pieces: Sequence[Piece], failed: Collection[str]
-) -> tuple[str, str] | None:
-    """Address and snapshot of the batch that a range goes into; None where it is read by itself."""
+def _batch_owner(cluster: Cluster, each: Range, pieces: Sequence[Piece], failed: Collection[str]) -> _Owner | None:
+    """Where the batch goes that a range goes into; None where it is read by itself."""
     if len(pieces) != 1 or each.end - each.start > batch.MAX_RANGE_BYTES:
         return None
     try:
@@ -129,19 +139,18 @@ def _batch_owner(
         return None  # the ordinary read has the sentence for it
     shard, local = each.reader.shard(pieces[0].index), cluster.local
     if local is None or node.id != local.node_id:
-        return node.address, shard.digest
-    return None if shard.size_bytes >= MAP_FROM else (local.address, shard.digest)
+        return node.id, node.address, shard.digest
+    return None if shard.size_bytes >= MAP_FROM else (node.id, local.address, shard.digest)
 
 
-def _batches(owner: tuple[str, str], ranges: Sequence[tuple[int, Piece]], wanted: Sequence[Range]) -> Iterator[_Batch]:
+def _batches(owner: _Owner, ranges: Sequence[tuple[int, Piece]], wanted: Sequence[Range]) -> Iterator[_Batch]:
     """`ranges` of one owner, cut into batches within the bounds of the protocol."""
-    address, digest = owner
-    one, size_bytes = _Batch(address, digest, [], []), 0
+    one, size_bytes = _Batch(*owner, [], []), 0
     for number, piece in ranges:
         length = piece.end - piece.start
         if len(one.wanted) == batch.MAX_RANGES or size_bytes + length > batch.MAX_BYTES:
             yield one
-            one, size_bytes = _Batch(address, digest, [], []), 0
+            one, size_bytes = _Batch(*owner, [], []), 0
         one.numbers.append(number)
         one.wanted.append(ShardRange(wanted[number].reader.row, piece.index, piece.start, length))
         size_bytes += length

@@ -4,8 +4,8 @@
     2. local      a shard of the node on this machine: its descriptor, mapped; nothing is copied. One that is still
                   filling is streamed in the same request, and mapped at a later read
     3. remote     each piece from its first owner, straight into the caller's buffer, its parts checked as they come
-    4. failover   the next owner, then any node, for the bytes that are still missing (`shoal.failover`); at last the
-                  origin itself, where the dataset and the caller allow it (`shoal.direct`)
+    4. failover   the next owner, then any node, for the bytes that are still missing (`shoal.failover`); then the
+                  origin itself, where the dataset and the caller allow it (`shoal.direct`); at last all once more
 
 The rule: the bytes are right or there is an error. A piece that failed half-way goes on at the byte it reached.
 """
@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterable, Iterator
 import pyarrow as pa
 import tenacity
 
-from shoal import memory, shards
+from shoal import memory, provenance, shards
 from shoal.cluster import Cluster
 from shoal.cluster_map import Node
 from shoal.direct import DirectOrigin
@@ -30,6 +30,7 @@ from shoal.errors import (
     DeadlineExceeded,
     NodeUnavailable,
     Overloaded,
+    ShoalError,
     Unavailable,
 )
 from shoal.failover import PieceRead, Target
@@ -37,6 +38,7 @@ from shoal.parallel import run_parallel
 from shoal.shard_client import ShardAt
 from shoal.shards import PART_SIZE, Piece
 from shoal.snapshot import Snapshot
+from shoal.wire.stream_post import Cause
 
 log = logging.getLogger(__name__)
 
@@ -145,10 +147,15 @@ class ObjectReader:
         return list(shards.pieces(start, end, self.size_bytes, self._shard_size))
 
     def mapped(self, piece: Piece) -> pa.Buffer | None:
-        """The bytes of `piece` where this process has mapped their shard; asks nobody."""
+        """The bytes of `piece` where this process has mapped their shard; asks nobody. For a read: it is observed."""
         local = self._cluster.local
         whole = local.maps.get((self._snapshot.digest, self.row, piece.index)) if local is not None else None
-        return None if whole is None else _slice(whole, piece)
+        if whole is None or local is None:
+            return None
+        observation = provenance.current()
+        if observation is not None:
+            observation.add(Cause.LOCAL, local.node_id, time.monotonic(), piece.end - piece.start)
+        return _slice(whole, piece)
 
     def shard(self, index: int) -> ShardAt:
         """Where shard `index` of the object is found."""
@@ -237,21 +244,35 @@ class ObjectReader:
             raise self._too_late(error) from error
         except Unavailable as error:
             failure = error
-        path = self._snapshot.path(self.row)
+        refusal: ShoalError | None = None
         if self._direct is not None:
             offset = piece.index * self._shard_size + piece.start + target.done
-            self._direct.read_into(path, self._snapshot.version(self.row), offset, target.view(), failure)
-            return None
+            since, left = time.monotonic(), target.view()
+            version = self._snapshot.version(self.row)
+            try:
+                self._direct.read_into(self._snapshot.path(self.row), version, offset, left, failure, until)
+            except DeadlineExceeded as error:
+                raise self._too_late(error) from error
+            except ShoalError as error:
+                log.info("the origin gives no bytes either, asking all nodes once more: %s", error)
+                refusal = error
+            else:
+                observation = provenance.current()
+                if observation is not None:
+                    observation.add(Cause.ORIGIN, "", since, len(left))
+                return None
         try:
             return read.from_late()
         except DeadlineExceeded as error:
             raise self._too_late(error) from error
-        except ClusterUnavailable:
-            raise
-        except Unavailable:
+        except Unavailable as error:
+            if refusal is not None:
+                raise refusal from failure
+            if isinstance(error, ClusterUnavailable):
+                raise
             raise NodeUnavailable(
-                f"no cache node gave bytes of {path!r}, {failure}; 'shoal status' says which nodes are up, and a "
-                "dataset that is --direct can be read without any"
+                f"no cache node gave bytes of {self._snapshot.path(self.row)!r}, {failure}; 'shoal status' says which "
+                "nodes are up, and a dataset that is --direct can be read without any"
             ) from failure
 
     def _unless_overloaded(self, read: PieceRead, until: float) -> pa.Buffer | None:

@@ -16,7 +16,7 @@ from shoal import checksums, memory
 from shoal import watch as watches
 from shoal.checksums import PartCheck
 from shoal.connection import Answer, MakeView, Watch
-from shoal.errors import ShardCorrupt
+from shoal.errors import NotCached, ShardCorrupt
 from shoal.maps import ShardId
 from shoal.transport import READ_TIMEOUT_S, Pending, Transport
 from shoal.wire import batch
@@ -27,6 +27,11 @@ WANT_CHECKSUMS = {"Shoal-Want-Checksums": "1"}
 SUSPECT = {"Shoal-Suspect": "1"}
 #: Answer from the cache or with 504 (RFC 9111, 5.2.1.7).
 ONLY_IF_CACHED = {"Cache-Control": "only-if-cached"}
+#: Says that the sender takes the name of a node that has the shard (`HELD_BY`) for an answer, and asks there.
+TAKES_HOLDER = {"Shoal-Takes-Holder": "1"}
+#: That name, in an answer of status `SEE_HOLDER`.
+HELD_BY = "Shoal-Held-By"
+SEE_HOLDER = 307
 #: Names nodes that do not answer the asking process: the one asked is not to wait for them either (`avoiding`).
 AVOID = "Shoal-Avoid"
 NOBODY: frozenset[str] = frozenset()
@@ -34,6 +39,14 @@ NOBODY: frozenset[str] = frozenset()
 TIMEOUT = "Shoal-Timeout"
 #: What a node answers instead of checksums that it does not know yet: they follow the body (`checksums.pack`).
 TRAILING = "trailing"
+
+
+class HeldBy(NotCached):
+    """The node asked does not have the shard yet, and node `node_id` of its map has it."""
+
+    def __init__(self, node_id: str, epoch: int) -> None:
+        super().__init__(f"the shard is on its way there from node {node_id}")
+        self.node_id, self.epoch = node_id, epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +108,13 @@ def read(
 
     Args:
         verify: compare the checksum of each whole part in the range.
-        headers: more of the request. With `local.TAKES_DESCRIPTORS` the answer may have descriptors instead.
+        headers: more of the request. With `local.TAKES_DESCRIPTORS` the answer may have descriptors instead, with
+            `TAKES_HOLDER` it may be `HeldBy`.
         watch: decides how long a silence is waited for.
         begun: what `begin` gave for the same range.
 
     Raises:
+        HeldBy: another node has the shard.
         Interrupted: the connection failed in the middle; the first `received` bytes are good and need not come again.
         Superseded, DeadlineExceeded: as `watch` says.
         ShardCorrupt: a part does not match its checksum.
@@ -108,7 +123,9 @@ def read(
     """
     asked = {"Range": f"bytes={start}-{end - 1}", **headers}
     if not verify:
-        return transport.get(address, shard.target, asked, make_view=make_view, watch=watch, is_hasty=True, begun=begun)
+        return _unless_held_elsewhere(
+            transport.get(address, shard.target, asked, make_view=make_view, watch=watch, is_hasty=True, begun=begun)
+        )
     asked.update(WANT_CHECKSUMS)
 
     def make_check(found: Mapping[str, str]) -> PartCheck | None:
@@ -118,16 +135,24 @@ def read(
         expected = None if sums == TRAILING else checksums.decode(sums)
         return PartCheck(start, end, shard.size_bytes, int(part_size), expected)
 
-    return transport.get(
-        address,
-        shard.target,
-        asked,
-        make_view=make_view,
-        make_check=make_check,
-        watch=watch,
-        is_hasty=True,
-        begun=begun,
+    return _unless_held_elsewhere(
+        transport.get(
+            address,
+            shard.target,
+            asked,
+            make_view=make_view,
+            make_check=make_check,
+            watch=watch,
+            is_hasty=True,
+            begun=begun,
+        )
     )
+
+
+def _unless_held_elsewhere(answer: Answer) -> Answer:
+    if answer.status == SEE_HOLDER:
+        raise HeldBy(answer.headers.get(HELD_BY.lower(), ""), answer.epoch)
+    return answer
 
 
 def begin(transport: Transport, address: str, shard: ShardAt, start: int, end: int, *, verify: bool) -> Pending:
@@ -149,8 +174,8 @@ def read_batch(
     verify: bool,
     headers: Mapping[str, str],
     until: float,
-) -> tuple[pa.Buffer, int]:
-    """The bytes of `ranges`, one after the other, from the node at `address` in one request; and its map's epoch.
+) -> tuple[pa.Buffer, Answer]:
+    """The bytes of `ranges`, one after the other, from the node at `address` in one request; and what else it said.
 
     Args:
         verify, headers: as in `read`.
@@ -179,7 +204,7 @@ def read_batch(
         sums = batch.decode_sums(view[length:])
         if sums.any():
             _compare_batch(view, ranges, sums.tolist())
-    return buffer.slice(0, length), answer.epoch
+    return buffer.slice(0, length), answer
 
 
 def _compare_batch(view: memoryview, ranges: Sequence[ShardRange], sums: Sequence[int]) -> None:

@@ -209,6 +209,11 @@ class Snapshot:
         rows, surplus = self._surplus
         return row + int(surplus[np.searchsorted(rows, row)])
 
+    def shards_at(self, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The ordinals of the shards that hold byte ``offsets[i]`` of object ``rows[i]``. Neither is checked."""
+        irregular, surplus = self._surplus
+        return np.asarray(rows + surplus[np.searchsorted(irregular, rows)] + offsets // self.shard_size, np.int64)
+
     def shard_table(self, rows: range | None = None) -> ShardTable:
         """The shards of `rows`, by default of all (kept, once asked for).
 

@@ -102,6 +102,7 @@ class Transport:
     def close(self) -> None:
         """Close idle connections, and probe no more; connections in use close when they are done."""
         self.is_closed = True
+        self.prober.end()
         self.drop_idle()
 
     def drop_idle(self) -> None:
@@ -178,6 +179,8 @@ class Transport:
             connection.close()
         if answer.status >= 400:
             name = answer.headers.get("shoal-error", "")
+            if not name:
+                raise NodeUnavailable(f"{address} is no Shoal process: it answers HTTP {answer.status} as others do")
             raise http_errors.from_response(answer.status, name, answer.body.decode("utf-8", "replace"))
         return answer
 

@@ -92,6 +92,7 @@ class Core:
                 member = self.state.members.get(node.id)
                 return self._heard(membership.register(member, node, now, self._policy))
             case NodeReported(report):
+                membership.check_epoch(report, self.state.map)
                 member = self.state.members.get(report.node.id)
                 if member is None:
                     return self._set_members(self.state.members, reported_epoch=report.epoch)

@@ -1,7 +1,8 @@
 """Who is in the cluster: registrations, leases, and the epochs of the map that follow from them. Pure.
 
 The rule: an epoch never goes backwards and never names two maps. Any change of the list of nodes is a new epoch, and a
-node that reports a greater one (this controller lost its disk) makes it jump past that.
+node that reports a greater one (this controller lost its disk) makes it jump past that, unless no cluster can have got
+there: from an epoch near the end of its integers nobody could count on.
 
 Two live processes may claim one node id (a copied data directory). The newer one has it, as a node that moved would;
 the older one is refused while the newer lives, because taking turns would be a new epoch with every heartbeat.
@@ -16,7 +17,8 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from shoal.cluster_map import ClusterMap, Node, NodeState
-from shoal_controller.model import Member, Moment, Policy, Report
+from shoal.errors import InvalidRequest
+from shoal_controller.model import MAX_EPOCHS_AHEAD, Member, Moment, Policy, Report
 
 NO_DISPLACED: Mapping[str, float] = {}
 
@@ -46,6 +48,15 @@ def restore(nodes: Iterable[Node], draining: Container[str], now: Moment, policy
         )
         for node in nodes
     }
+
+
+def check_epoch(report: Report, cluster_map: ClusterMap) -> None:
+    """Raises InvalidRequest where no controller can have given out the epoch that a node reports."""
+    if report.epoch > cluster_map.epoch + MAX_EPOCHS_AHEAD:
+        raise InvalidRequest(
+            f"node {report.node.id} reports epoch {report.epoch} where this controller is at {cluster_map.epoch}, and "
+            "no cluster gets so far ahead: stop that node, delete orders.json in its data directory, and start it again"
+        )
 
 
 def register(member: Member | None, node: Node, now: Moment, policy: Policy) -> Heard:

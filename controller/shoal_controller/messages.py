@@ -7,6 +7,7 @@ options in clear in `orders`, and nowhere else.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from shoal import origin
@@ -14,7 +15,19 @@ from shoal.cluster_map import Node
 from shoal.errors import InvalidRequest
 from shoal.wire import shoal_pb2 as pb
 from shoal_controller import status
-from shoal_controller.model import MAX_NUMBER, OK, Dataset, Job, Member, Moment, PolicyChange, Report, Share, State
+from shoal_controller.model import (
+    MAX_NUMBER,
+    MAX_REPORTED_BYTES,
+    OK,
+    Dataset,
+    Job,
+    Member,
+    Moment,
+    PolicyChange,
+    Report,
+    Share,
+    State,
+)
 
 
 def node_from_wire(message: pb.Node) -> Node:
@@ -37,12 +50,14 @@ def report_from_wire(message: pb.NodeReport) -> Report:
     """A heartbeat.
 
     Raises:
-        InvalidRequest: its node or its epoch cannot be.
+        InvalidRequest: its node cannot be, or what it holds. Whether its epoch can is the core's to say.
     """
-    if message.epoch > MAX_NUMBER:
-        raise InvalidRequest(f"node {message.node.id} reports epoch {message.epoch}, which no cluster reaches")
+    node = node_from_wire(message.node)
+    for size_bytes in _sizes(message):
+        if size_bytes > MAX_REPORTED_BYTES:
+            raise InvalidRequest(f"node {node.id} reports {size_bytes} bytes, which no node holds")
     return Report(
-        node=node_from_wire(message.node),
+        node=node,
         epoch=message.epoch,
         used_bytes=message.used_bytes,
         capacity_bytes=message.capacity_bytes,
@@ -64,6 +79,13 @@ def report_from_wire(message: pb.NodeReport) -> Report:
         handover_bytes=message.handover_bytes if message.HasField("handover_bytes") else None,
         short_bytes=message.short_bytes,
     )
+
+
+def _sizes(message: pb.NodeReport) -> Iterator[int]:
+    yield from (message.used_bytes, message.capacity_bytes, message.handover_bytes, message.short_bytes)
+    yield from (cached.bytes_primary for cached in message.cached)
+    for share in message.prefetches:
+        yield from (share.bytes_total, share.bytes_done, share.bytes_short)
 
 
 def policy_from_wire(message: pb.SetDatasetRequest) -> PolicyChange:

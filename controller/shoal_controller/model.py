@@ -16,8 +16,12 @@ from shoal.datasets import DatasetRecord
 #: Snapshots of one dataset that are served, the newest included.
 MAX_SNAPSHOTS = 8
 MAX_REPLICAS = 16
-#: Of sizes and epochs: SQLite keeps signed 64-bit integers, and epochs need room to count on.
+#: Of sizes: SQLite keeps signed 64-bit integers.
 MAX_NUMBER = 1 << 62
+#: Of one node: 8 PiB, so that the sum of a thousand of them is kept too.
+MAX_REPORTED_BYTES = 1 << 53
+#: A report may be so far ahead of the controller, which may have lost its disk: a century of a new epoch each second.
+MAX_EPOCHS_AHEAD = 1 << 32
 #: Finished prefetch jobs that are remembered.
 MAX_FINISHED_JOBS = 50
 #: What a node says of itself; anything else is a reason why it passes reads through.

@@ -133,3 +133,18 @@ def test_membership_runs_tiny(tmp_path: Path) -> None:
         assert each["origin_bytes"] == 0
         assert each["map_gives_bytes"] <= each["moved_bytes"] <= 1.05 * each["map_gives_bytes"]
         assert each["calm"]["reads"] and each["what"] in done.stdout
+
+
+@pytest.mark.long
+def test_epochs_runs_tiny(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.epochs", "--tiny", "--workdir", str(tmp_path)]
+    command += ["--json", str(tmp_path / "epochs.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "epochs.json").read_text())
+    size = result["dataset_bytes"]
+    for each in result["cases"]:  # that each sample came once is the run's own check; times mean nothing here
+        assert each["name"] in done.stdout
+        assert each["open_bytes"] + each["missed_bytes"] >= (1 - each["held"]) * size
+        assert 0 < sum(each["stalls_s"].values()) <= each["epoch_s"]
+    assert result["four_jobs"]["origin_bytes"] >= size

@@ -27,15 +27,15 @@ class WritesAtTheOrigin(ShoalFileSystem):
         super().__init__(endpoint=cluster.endpoint, local=False)
         self._dev, self._dataset, self._is_stale = cluster, dataset, False
 
-    def _locate(self, path: str) -> Any:
+    def locate(self, path: str) -> Any:
         if self._is_stale:
             self._dataset.refresh(self._dev)
             self._pins.clear()
             self._is_stale = False
-        return super()._locate(path)
+        return super().locate(path)
 
     def _origin(self, path: str) -> str:
-        return f"{self._dataset.name}/data/" + self._strip_protocol(path).partition("/")[2]
+        return f"{self._dataset.root}/" + self._strip_protocol(path).partition("/")[2]
 
     def touch(self, path: str, truncate: bool = True, **kwargs: Any) -> None:
         self._dataset.s3.pipe_file(self._origin(path), b"")

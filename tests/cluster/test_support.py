@@ -6,13 +6,15 @@ import os
 import select
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+import s3fs
 
-from tests.support.proxy import CountingProxy
+from tests.support.proxy import CountingProxy, PacedProxy
 from tests.support.weed import Weed
 
 _STARTS_ONE = """
@@ -61,6 +63,21 @@ def test_the_proxy_counts_and_resets(s3: Weed, counting_s3: CountingProxy) -> No
     assert counting_s3.bytes_to_origin > 0
     counting_s3.reset()
     assert (counting_s3.connections, counting_s3.bytes_from_origin, counting_s3.bytes_to_origin) == (0, 0, 0)
+
+
+def test_a_rate_holds_over_all_connections_together(s3: Weed) -> None:
+    s3.create_bucket("rate")
+    s3.filesystem().pipe_file("rate/object", bytes(1 << 20))
+    with PacedProxy(s3.endpoint_url, 4 << 20) as proxy:
+        options = {**s3.storage_options, "endpoint_url": proxy.endpoint_url}
+        filesystem = s3fs.S3FileSystem(**options, skip_instance_cache=True)
+        began = time.monotonic()
+        found = filesystem.cat_ranges(["rate/object"] * 4, [0] * 4, [1 << 20] * 4)
+        seconds = time.monotonic() - began
+    assert all(each == bytes(1 << 20) for each in found)
+    assert proxy.connections > 1
+    assert proxy.bytes_from_origin >= 4 << 20
+    assert seconds > 0.9  # four connections' bytes at the rate of one link; how much longer is the machine's
 
 
 def test_the_proxy_of_a_dead_server_closes_connections() -> None:

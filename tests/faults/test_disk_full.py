@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from shoal.devcluster import DevCluster
+from shoal_cachenode import prefetch
+from shoal_cachenode.prefetch import Order, Prefetches
 from tests.cluster.conftest import filesystem
 from tests.faults.conftest import add_directory
 from tests.support import filesystems
@@ -69,6 +73,41 @@ def test_drive_that_fills_up_in_the_middle_of_a_shard(on_small_drive: MiniCluste
         file.truncate(file.seek(0, 2) - 20 * KIB)
     read_all(on_small_drive)
     assert "is full" in on_small_drive.nodes[0].condition
+
+
+def test_nothing_that_a_full_drive_keeps_from_being_cached_leaves_a_traceback(
+    on_small_drive: MiniCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reads of objects and of batches, in several threads, and a prefetch, all at once."""
+    cluster, (node,) = on_small_drive, on_small_drive.nodes
+    filesystems.fill_up(tmp_path / "node0")
+    monkeypatch.setattr(prefetch, "PAUSES_S", (0.1,))
+    order = Order("job", "set", cluster.snapshot.digest, "", run=True)
+
+    async def begin() -> Prefetches:
+        prefetches = Prefetches(node)
+        prefetches.apply([order])
+        return prefetches
+
+    def read(seed: int) -> bool:
+        fs, draw = cluster.filesystem(local=seed % 2 == 0), random.Random(seed)
+        paths = draw.choices(sorted(OBJECTS), k=10)
+        starts = [draw.randrange(28 * KIB) for _ in paths]
+        ends = [start + 2 * KIB for start in starts]
+        found = fs.cat_ranges([f"set/{path}" for path in paths], starts, ends, on_error="raise")
+        assert found == [OBJECTS[path][start:end] for path, start, end in zip(paths, starts, ends, strict=True)]
+        return {path: fs.cat_file(f"set/{path}") for path in paths} == {path: OBJECTS[path] for path in paths}
+
+    prefetches = cluster.run(begin())
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, range(4)))
+    wait_for(lambda: any(report.failure for report in cluster.run(prefetches.reports())))
+    cluster.run(prefetches.close())
+    cluster.run(node.fills.settle())
+    gc.collect()  # an error that nobody fetched is told when its task goes
+    assert [each.getMessage() for each in caplog.records if each.exc_info] == []
+    (told,) = (each.getMessage() for each in caplog.records if each.name == prefetch.__name__)
+    assert told.startswith("prefetch job stopped: ") and "is full although this node may use 1 GiB" in told
 
 
 def test_new_orders_and_snapshots_do_not_need_the_drive(on_small_drive: MiniCluster, tmp_path: Path) -> None:

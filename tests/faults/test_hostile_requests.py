@@ -26,6 +26,7 @@ from shoal.devcluster import DevCluster
 from shoal.errors import ShoalError
 from shoal.filesystem import ShoalFileSystem
 from shoal.wire import batch
+from shoal.wire.stream_post import Cause
 from tests.support import raw_http
 from tests.support.processes import Footprint
 
@@ -50,6 +51,10 @@ class Target:
     @property
     def batch(self) -> str:
         return f"/v1/snapshots/{self.digest}/ranges"
+
+    @property
+    def stream(self) -> str:
+        return f"/v1/snapshots/{self.digest}/streams/{'0' * 32}"
 
     @property
     def ports(self) -> dict[str, int]:
@@ -97,7 +102,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     temporary = directory / "tmp"
     temporary.mkdir()
     with DevCluster(nodes=1, data_dir=directory / "cluster", capacity="100MiB") as cluster:
-        for each in ("controller", "node-0", "node-0/snapshots", "node-0/shards"):
+        for each in ("controller", "node-0", "node-0/snapshots", "node-0/shards", "node-0/indexes"):
             (cluster.data_dir / each / "canary").write_bytes(CANARY)
         with Control(cluster.controller_grpc) as control:
             control.add_dataset("set", str(directory / "origin"), shard_size=0, replicas=1, storage_options="{}")
@@ -302,6 +307,45 @@ PLACES: tuple[str, ...] = (
     "/ranges/x",
 )
 
+#: Queries for an index of samples. Neither object of the dataset is of any format that has one.
+INDEXES: tuple[str, ...] = (
+    "",
+    "?",
+    "?pattern=a.bin",
+    "?format=arrow",
+    "?pattern=&format=arrow",
+    "?pattern=a.bin&format=",
+    "?pattern=a.bin&format=objects",
+    "?pattern=a.bin&format=ARROW",
+    "?pattern=a.bin&format=../../canary",
+    "?pattern=a.bin&format=arrow%00",
+    "?pattern=a.bin&format=" + "x" * 8000,
+    "?pattern=a.bin&format=arrow",
+    "?pattern=*&format=parquet",
+    "?pattern=**&format=tar",
+    "?pattern=../../../canary&format=arrow",
+    "?pattern=%2e%2e/canary&format=tar",
+    "?pattern=/etc/passwd&format=tar",
+    "?pattern=canary&format=arrow",
+    "?pattern=a.bin%00&format=arrow",
+    "?pattern=a%0d%0aX:%20y&format=arrow",
+    "?pattern=%1b[2J*&format=arrow",
+    "?pattern=%ff%fe*&format=arrow",
+    "?pattern=%ed%a0%80*&format=arrow",
+    "?pattern=" + "x" * 4097 + "&format=arrow",
+    "?pattern=" + "%f0%9f%90%9f" * 900 + "&format=arrow",
+    "?pattern=" + "*" * 4000 + "&format=arrow",
+    "?pattern=" + "*a" * 2000 + "&format=arrow",
+    "?pattern=" + "[" * 4000 + "&format=arrow",
+    "?pattern=[z-a]*&format=arrow",
+    "?pattern=[!]&format=arrow",
+    "?pattern=(a|a)*$(?:x{1000}){1000}*&format=arrow",
+    "?pattern=a.bin&pattern=*&format=arrow&format=tar",
+    "?" + "&".join(f"pattern={i}" for i in range(1000)),
+    "/?pattern=a.bin&format=arrow",
+    "/..?pattern=a.bin&format=arrow",
+)
+
 #: Values of a Range header. What is no single byte range is ignored, as RFC 9110 has it, and all is served.
 RANGES: tuple[str, ...] = (
     "bytes=-0",
@@ -383,6 +427,64 @@ BATCHES: Mapping[str, bytes] = {
 }
 
 
+def _post(
+    *needs: tuple[int, int, int], version: int = 1, flags: int = 0, count: int = -1, waits: int = 0, rest: bytes = b""
+) -> bytes:
+    head = struct.pack("<HHII", version, flags, len(needs) if count < 0 else count, waits)
+    return head + b"".join(struct.pack("<III", *need) for need in needs) + rest
+
+
+def _wait(cause: int, node: bytes = b"") -> bytes:
+    return struct.pack("<II16s", cause, 1, node)
+
+
+#: Posts of a stream, none of which is one.
+POSTS: Mapping[str, bytes] = {
+    "empty": b"",
+    "half a head": _post()[:-1],
+    "one byte more": _post() + b"x",
+    "no version": _post(version=0),
+    "another version": _post(version=2),
+    "unknown flags": _post(flags=2),
+    "all flags": _post(flags=0xFFFF),
+    "no such row": _post((2, 0, 0)),
+    "largest row": _post((2**32 - 1, 0, 0)),
+    "no such shard": _post((0, 1, 0)),
+    "largest shard": _post((0, 2**32 - 1, 0)),
+    "largest of all": _post((2**32 - 1, 2**32 - 1, 0)),
+    "needed next year": _post((0, 0, 2**32 - 1)),
+    "not sorted": _post((0, 0, 2), (1, 0, 1)),
+    "a shard twice": _post((0, 0, 1), (0, 0, 2)),
+    "leaving with needs": _post((0, 0, 1), flags=1),
+    "more needs than there are bytes": _post((0, 0, 1), count=2),
+    "fewer": _post((0, 0, 1), (1, 0, 1), count=1),
+    "most needs that can be said": _post(count=2**32 - 1, waits=2**32 - 1),
+    "more needs than one may have": _post(*((row, 0, 0) for row in range(4097))),
+    "more waits than one may have": _post(waits=1025, rest=_wait(0) * 1025),
+    "no such cause": _post(waits=1, rest=_wait(len(Cause))),
+    "a wait twice": _post(waits=2, rest=_wait(0) * 2),
+    "a node of odd letters": _post(waits=1, rest=_wait(0, b'"}\n')),
+    "a node that is not text": _post(waits=1, rest=_wait(0, b"\xff\xfe")),
+    "a node with zeros within": _post(waits=1, rest=_wait(0, b"a\x00b")),
+    "a megabyte": bytes(1 << 20),
+    "random": random.Random(3).randbytes(12_000),
+    "JSON": b'{"needs": [[0, 0, 0]]}',
+}
+#: In the place of a stream's id, with a good post.
+STREAM_IDS: tuple[str, ...] = (
+    "",
+    "0",
+    "A" * 32,
+    "0" * 31,
+    "0" * 33,
+    "g" * 32,
+    "٣" * 32,
+    "..",
+    "%2e%2e",
+    "0" * 32 + "/x",
+)
+
+
 def cases(target: Target) -> Iterator[tuple[str, bytes, bool]]:
     """Name, bytes, and whether the answer may be what was asked for."""
     for name, data in BROKEN.items():
@@ -394,6 +496,12 @@ def cases(target: Target) -> Iterator[tuple[str, bytes, bool]]:
         yield path[:60], get(path), False
     for place in PLACES:
         yield place[:60], get(f"/v1/snapshots/{target.digest}{place}"), False
+    for query in INDEXES:
+        yield f"index{query[:60]}", get(f"/v1/snapshots/{target.digest}/index{query}"), False
+    yield "an index of nothing", get(f"/v1/snapshots/{'0' * 32}/index?pattern=*&format=arrow"), False
+    for method in ("POST", "PUT"):
+        index = f"/v1/snapshots/{target.digest}/index?pattern=a.bin&format=arrow"
+        yield f"{method} an index", get(index, "Content-Length: 2", method=method, body=b"{}"), False
     for value in RANGES:
         yield f"Range: {value[:40]}", get(target.shard, f"Range: {value}"), True
         yield f"snapshot, Range: {value[:40]}", get(f"/v1/snapshots/{target.digest}", f"Range: {value}"), True
@@ -404,6 +512,23 @@ def cases(target: Target) -> Iterator[tuple[str, bytes, bool]]:
     for name, body in BATCHES.items():
         length = f"Content-Length: {len(body)}"
         yield f"batch: {name}", get(target.batch, length, method="POST", body=body), False
+    for name, body in POSTS.items():
+        length = f"Content-Length: {len(body)}"
+        yield f"stream: {name}", get(target.stream, length, method="POST", body=body), False
+    for stream_id in STREAM_IDS:
+        path, length = f"{target.stream[:-32]}{stream_id}", f"Content-Length: {len(_post())}"
+        yield f"stream id: {stream_id}", get(path, length, method="POST", body=_post()), False
+    yield "a stream that is got", get(target.stream), False
+    yield (
+        "a stream over nothing",
+        get(
+            f"/v1/snapshots/{'0' * 32}/streams/{'0' * 32}",
+            f"Content-Length: {len(_post())}",
+            method="POST",
+            body=_post(),
+        ),
+        False,
+    )
 
 
 def test_every_hostile_request_is_refused_and_the_servers_go_on(target: Target) -> None:

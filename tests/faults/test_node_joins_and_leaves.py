@@ -18,7 +18,7 @@ import pytest
 from shoal.cli.control import Control
 from shoal.devcluster import DevCluster
 from shoal.filesystem import ShoalFileSystem
-from tests.support.moves import Fetched, Shards
+from tests.support.moves import Fetched, Shards, StoodIn
 from tests.support.readers import SANE_S, Heard, Readers, warm
 from tests.support.waiting import wait_for
 
@@ -76,6 +76,32 @@ def test_node_added_under_readers(cluster: DevCluster) -> None:
     gained[4] = shards.bytes_of(shards.owned(4))
     assert gained[4] > 0
     moved_as_the_map_says(cluster, before, gained)
+
+
+def test_shards_that_have_not_moved_yet_are_read_from_their_holders(tmp_path: Path) -> None:
+    """At a byte a second hardly anything moves, so nearly all that the new node owns is elsewhere."""
+    (tmp_path / "origin").mkdir()
+    for path, data in OBJECTS.items():
+        (tmp_path / "origin" / path).write_bytes(data)
+    args = ["--rebalance-rate", "1"]
+    with DevCluster(nodes=2, data_dir=tmp_path / "cluster", capacity="1GiB", node_args=args) as cluster:
+        with Control(cluster.controller_grpc) as control:
+            control.add_dataset("set", f"file://{tmp_path}/origin", shard_size=0, replicas=1, storage_options="{}")
+        warm(cluster, OBJECTS, 1)
+        (tmp_path / "origin").rename(tmp_path / "away")
+        cluster.add_node()
+        fs = ShoalFileSystem(endpoint=cluster.endpoint, local=False, skip_instance_cache=True)
+        for start in (1000, 100_000):
+            assert {path: fs.cat_file(f"set/{path}", start, start + 50_000) for path in OBJECTS} == {
+                path: data[start : start + 50_000] for path, data in OBJECTS.items()
+            }
+        shards = Shards(cluster, 1)
+        expected = 2 * int((shards.owned(2) & ~shards.held(2)).sum())
+        assert expected > 20
+        stood_in = StoodIn.by(cluster, 2)
+        assert stood_in.relayed_bytes == 0
+        assert expected <= stood_in.referrals <= expected + 2, "the first part moves at once"
+        assert Fetched.by(cluster, 2).from_origin == 0
 
 
 def test_node_drained_and_removed_under_readers(cluster: DevCluster) -> None:

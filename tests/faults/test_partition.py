@@ -22,6 +22,8 @@ from tests.support.waiting import wait_for
 OBJECTS = {f"{n}.bin": random.Random(n).randbytes((1 << 20) - 1000 * n) for n in range(24)}
 READERS, PAUSE_S = 4, 0.005
 LEASE_S = 5.0
+#: What each node sends before the first harm, so that there are calm reads to compare with.
+CALM_BYTES = 32 << 20
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,14 +51,15 @@ def cut_off_node(cluster: SpreadCluster, times: int) -> None:
     """Cut a node off and let it join again, `times` over, each node in turn, under readers."""
     cut_at = []
     with Readers(cluster, OBJECTS, READERS, pause_s=PAUSE_S) as readers:
-        time.sleep(1.0)
+        sent = [served(cluster, node) for node in range(3)]
+        wait_for(lambda: all(served(cluster, node) > sent[node] + CALM_BYTES for node in range(3)))
         for number in range(times):
             cut_at.append(time.monotonic())
             with cluster.network.without(f"node-{number % 3}"):
                 wait_for(lambda number=number: state(cluster, number % 3) == "down", 2 * SANE_S)  # type: ignore[misc]
             wait_for(lambda number=number: state(cluster, number % 3) == "up", 2 * SANE_S)  # type: ignore[misc]
-            sent = served(cluster, number % 3)
-            wait_for(lambda number=number, sent=sent: served(cluster, number % 3) > sent, 2 * SANE_S)  # type: ignore[misc]
+            back = served(cluster, number % 3)
+            wait_for(lambda number=number, back=back: served(cluster, number % 3) > back, 2 * SANE_S)  # type: ignore[misc]
         heard = readers.stop()
     assert [error for each in heard for error in each.errors] == []
     assert sum(each.wrong for each in heard) == 0
@@ -78,6 +81,12 @@ def state(cluster: SpreadCluster, node: int) -> str:
         return next(str(each.state) for each in found if each.id == cluster.node_ids[node])
 
 
+def reported_at(cluster: SpreadCluster) -> list[float]:
+    """When the controller last heard of each node (`time.monotonic`)."""
+    with Control(cluster.controller_grpc) as control:
+        return [time.monotonic() - node.seconds_since_report for node in control.status().nodes]
+
+
 def epoch(cluster: SpreadCluster) -> int:
     with Control(cluster.controller_grpc) as control:
         return int(control.status().epoch)
@@ -95,11 +104,13 @@ def test_node_cut_off_nine_times(cluster: SpreadCluster) -> None:
 
 
 def test_controller_cut_off_within_the_lease_moves_nothing(cluster: SpreadCluster) -> None:
+    """When all are heard again and the map is the old one, no lease has ended."""
     before = epoch(cluster)
     with Readers(cluster, OBJECTS, READERS, pause_s=PAUSE_S) as readers:
         with cluster.network.without("controller"):
-            time.sleep(LEASE_S / 2)
-        time.sleep(LEASE_S)  # longer than a lease: whoever was not heard again would be down by now
+            time.sleep(LEASE_S / 2)  # no wait for anything: so long the harm lasts
+        joined_s = time.monotonic()
+        wait_for(lambda: all(at > joined_s for at in reported_at(cluster)), SANE_S)
         heard = readers.stop()
     assert epoch(cluster) == before
     assert [error for each in heard for error in each.errors] == []
@@ -112,7 +123,7 @@ def test_controller_cut_off_for_long(cluster: SpreadCluster) -> None:
     fetched = [served_from_origin(cluster, node) for node in range(3)]
     with Readers(cluster, OBJECTS, READERS, pause_s=PAUSE_S) as readers:
         with cluster.network.without("controller"):
-            time.sleep(LEASE_S + 3.0)
+            time.sleep(LEASE_S + 3.0)  # no wait for anything: so long the harm lasts
         wait_for(lambda: all(state(cluster, node) == "up" for node in range(3)), 2 * SANE_S)
         heard = readers.stop()
     assert [error for each in heard for error in each.errors] == []

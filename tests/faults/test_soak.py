@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ def test_short_soak(tmp_path: Path) -> None:
     report = soak(minutes=0.25, seed=11, nodes=3, readers=2, threads=2, directory=tmp_path, log=print)
     assert report.defects == [], report.table()
     assert report.reads > 100
-    assert sum(report.actions.values()) >= 4, "the seed has faults early on"
+    assert sum(report.actions.values()) + sum(report.skipped.values()) >= 4, "the seed has faults early on"
+    lives = Counter(memory.name for memory in report.memory)
+    assert lives["node-0"] == lives["reader-0"] == 1, "they live through it, and are looked at"
 
 
 @pytest.mark.long
@@ -42,6 +45,18 @@ def test_plan_is_a_function_of_the_seed(track: plan.Track) -> None:
     assert all(end < after.at_s for end, after in zip(ends, actions[1:], strict=False)), "one at a time"
     short = list(plan.actions_until(track, 7, 4, 60.0))
     assert short == actions[: len(short)], "a longer soak begins as a shorter one does"
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_no_fault_ends_the_first_node_or_the_first_reader(nodes: int) -> None:
+    """So that there are processes whose memory says something; whatever leaves them alive is done to them too."""
+    faults = [action for track in TRACKS for action in itertools.islice(plan.actions(track, 7, nodes), 500)]
+    for kind in (Kind.NODE_KILLED, Kind.NODE_RESTARTED):
+        assert {fault.node for fault in faults if fault.kind is kind} == set(range(1, nodes))
+    for kind in (Kind.NODE_STOPPED, Kind.NODE_DRAINED, Kind.DISK_FULL, Kind.BIT_FLIPPED, Kind.FILE_TRUNCATED):
+        assert {fault.node for fault in faults if fault.kind is kind} == set(range(nodes))
+    killed = {fault.reader(nodes) for fault in faults if fault.kind is Kind.READER_KILLED}
+    assert killed == set(range(1, nodes))
 
 
 def test_every_kind_of_fault_is_in_the_plan() -> None:

@@ -252,7 +252,7 @@ class _Sink:
 def test_killed_while_its_shard_fills(world: World, s3: Weed) -> None:
     """The fill goes on without its reader: it is sealed, and the next reader has it without the origin."""
     data = np.random.default_rng(2).bytes(20_000_000)
-    with HoldingProxy(s3.endpoint_url, b"GET /killed/data/x") as proxy:
+    with HoldingProxy(s3.endpoint_url, b"GET /sets/killed/data/x") as proxy:
         dataset = S3Dataset("killed", s3, proxy.endpoint_url)
         dataset.put({"x": data})
         dataset.add(world.cluster, shard_size=SHARD_SIZE)

@@ -186,10 +186,14 @@ class MiniCluster:
         knowledge = Knowledge(cluster_map, (KnownDataset(record, {}),), cluster_id="test")
         self.run(self.nodes[index].apply(knowledge))
 
-    def filesystem(self, *, node: int = 0, local: bool = False) -> ShoalFileSystem:
+    def filesystem(self, *, node: int = 0, local: bool = False, **options: Any) -> ShoalFileSystem:
         """A client of its own, whose endpoint (and local node, with `local`) is one of the nodes."""
         return ShoalFileSystem(
-            endpoint=self.nodes[node].address, socket=str(self._socket(node)), local=local, skip_instance_cache=True
+            endpoint=self.nodes[node].address,
+            socket=str(self._socket(node)),
+            local=local,
+            skip_instance_cache=True,
+            **options,
         )
 
     def stop_node(self, index: int) -> None:
@@ -218,7 +222,7 @@ class MiniCluster:
             if index in self._ended:
                 continue
             self.run(server.close())
-            self.run(node.fills.settle())
+            self.run(_settle(node))
             assert (node.fills.count, node.fills.fetches_in_flight) == (0, 0), "a fill was left running"
             self.run(node.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -230,6 +234,13 @@ class MiniCluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+async def _settle(node: CacheNode) -> None:
+    """Wait for the fills, the moves among them at full speed: some tests give them a pace that never ends."""
+    node.fills._scheduler._pace = None
+    node.fills.on_room()
+    await node.fills.settle()
 
 
 async def _end(node: CacheNode) -> None:

@@ -29,15 +29,28 @@ class Fetched:
 
     @classmethod
     def by(cls, cluster: DevCluster, node: int) -> Self:
-        with urllib.request.urlopen(f"{cluster.node_endpoints[node]}/metrics", timeout=SANE_S) as answer:
-            families = text_string_to_metric_families(answer.read().decode())
-        found = {
-            sample.labels["from"]: int(sample.value)
-            for family in families
-            for sample in family.samples
-            if sample.name == "shoal_node_fetched_bytes_total"
-        }
+        found = {labels["from"]: value for labels, value in _samples(cluster, node, "shoal_node_fetched_bytes_total")}
         return cls(found["peer"], found["origin"])
+
+
+@dataclass(frozen=True, slots=True)
+class StoodIn:
+    """What a node did for readers of shards that it had not got yet: reads sent to the holder, bytes passed on."""
+
+    referrals: int
+    relayed_bytes: int
+
+    @classmethod
+    def by(cls, cluster: DevCluster, node: int) -> Self:
+        names = "shoal_node_referrals_total", "shoal_node_relayed_bytes_total"
+        return cls(*(value for name in names for _, value in _samples(cluster, node, name)))
+
+
+def _samples(cluster: DevCluster, node: int, name: str) -> list[tuple[dict[str, str], int]]:
+    """A node's metric of that name: labels and values."""
+    with urllib.request.urlopen(f"{cluster.node_endpoints[node]}/metrics", timeout=SANE_S) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    return [(s.labels, int(s.value)) for family in families for s in family.samples if s.name == name]
 
 
 class Shards:

@@ -13,10 +13,10 @@ import os
 import random
 import subprocess
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from shoal.devcluster import DevCluster
+from shoal.devcluster.starting import Startable
 
 #: Part of 198.18.0.0/15, which is for tests of networks among themselves (RFC 2544): no machine has an address there.
 _PREFIX = "198.18"
@@ -34,7 +34,7 @@ def why_not() -> str:
         return f"network namespaces cannot be made here: {reason}"
 
 
-class Network:
+class Network(Startable):
     """A bridge that this process has an address on, and machines, each a namespace with one link to it.
 
     A context manager.
@@ -49,32 +49,22 @@ class Network:
         self._net = f"{_PREFIX}.{random.SystemRandom().randrange(1, 255)}"
         self._bridge = f"{self._tag}br"
 
-    def __enter__(self) -> Self:
-        try:
-            _ip("link", "add", self._bridge, "type", "bridge")
-            _ip("addr", "add", f"{self._net}.254/24", "dev", self._bridge)
-            _ip("link", "set", self._bridge, "up")
-            for number, machine in enumerate(self._machines):
-                inside = f"{self._tag}i{number}"
-                _ip("netns", "add", self.namespace(machine))
-                _ip("link", "add", self._link(machine), "type", "veth", "peer", "name", inside)
-                _ip("link", "set", inside, "netns", self.namespace(machine))
-                _ip("link", "set", self._link(machine), "master", self._bridge, "up")
-                for command in (
-                    ("addr", "add", f"{self.address(machine)}/24", "dev", inside),
-                    ("link", "set", inside, "up"),
-                    ("link", "set", "lo", "up"),
-                ):
-                    _ip("-n", self.namespace(machine), *command)
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def start(self) -> None:
+        _ip("link", "add", self._bridge, "type", "bridge")
+        _ip("addr", "add", f"{self._net}.254/24", "dev", self._bridge)
+        _ip("link", "set", self._bridge, "up")
+        for number, machine in enumerate(self._machines):
+            inside = f"{self._tag}i{number}"
+            _ip("netns", "add", self.namespace(machine))
+            _ip("link", "add", self._link(machine), "type", "veth", "peer", "name", inside)
+            _ip("link", "set", inside, "netns", self.namespace(machine))
+            _ip("link", "set", self._link(machine), "master", self._bridge, "up")
+            for command in (
+                ("addr", "add", f"{self.address(machine)}/24", "dev", inside),
+                ("link", "set", inside, "up"),
+                ("link", "set", "lo", "up"),
+            ):
+                _ip("-n", self.namespace(machine), *command)
 
     def close(self) -> None:
         """Remove everything that there is of it."""
@@ -120,7 +110,7 @@ class SpreadCluster(DevCluster):
         super().__init__(nodes=nodes, **options)
 
     def start(self) -> None:
-        self.network.__enter__()
+        self.network.start()
         super().start()
 
     def close(self) -> None:

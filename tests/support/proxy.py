@@ -1,5 +1,5 @@
 """TCP proxies on 127.0.0.1: one that counts what an origin really sends, the measure for "the origin is read once"; and
-one that harms what it forwards, the fault kit.
+those that harm what they forward, the fault kit.
 
 They forward bytes and understand none of them, so they add nothing an origin or a client could notice but the harm: an
 S3 request is signed for the proxy's own ``host:port``, and the server checks the signature against the Host header it
@@ -13,6 +13,7 @@ import socket
 import socketserver
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -168,6 +169,49 @@ class FaultProxy(CountingProxy):
     def _pump(self, source: socket.socket, sink: socket.socket, inward: bool) -> None:
         fault = self._chosen[sink] if inward else HARMLESS
         super()._pump(source, _HarmedSink(sink, fault, self._flows, self._is_over), inward)  # type: ignore[arg-type]
+
+
+class PacedProxy(CountingProxy):
+    """Forwards every connection to `target_url`; what comes back over all of them together keeps within a rate.
+
+    Args:
+        bytes_per_s: of all connections.
+    """
+
+    def __init__(self, target_url: str, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._pace = threading.Lock()  # guards _free_at
+        self._free_at = 0.0
+        self._is_over = threading.Event()
+        super().__init__(target_url)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+        super().__exit__(kind, error, trace)
+
+    def take_turn(self, size_bytes: int) -> None:
+        """Wait until the line has carried so many more bytes."""
+        with self._pace:
+            self._free_at = max(self._free_at, time.monotonic()) + size_bytes / self._bytes_per_s
+            wait_s = self._free_at - time.monotonic()
+        self._is_over.wait(wait_s)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, inward: bool) -> None:
+        super()._pump(source, _PacedSink(sink, self) if inward else sink, inward)  # type: ignore[arg-type]
+
+
+class _PacedSink:
+    """A socket to which everything is sent in its turn."""
+
+    def __init__(self, sock: socket.socket, proxy: PacedProxy) -> None:
+        self._sock, self._proxy = sock, proxy
+        self.shutdown = sock.shutdown
+
+    def sendall(self, data: memoryview) -> None:
+        self._proxy.take_turn(len(data))
+        self._sock.sendall(data)
 
 
 class _HarmedSink:

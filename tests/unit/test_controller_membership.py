@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from shoal.cluster_map import ClusterMap, Node, NodeState
-from shoal.errors import DoesNotFit, NotFound
+from shoal.errors import DoesNotFit, InvalidRequest, NotFound
 from shoal_controller import status
 from shoal_controller.events import DrainRequested, PublishOrders, SaveMap, TimePassed, UndrainRequested
-from shoal_controller.model import JobState
+from shoal_controller.model import MAX_EPOCHS_AHEAD, JobState
 from tests.support.controller import GIB, POLICY, Cluster, dataset, node, refusals, share
 
 
@@ -263,6 +263,21 @@ def test_a_greater_epoch_that_a_node_reports_is_jumped_past() -> None:
     assert cluster.epoch == 101
     cluster.restart()
     assert cluster.epoch == 101
+
+
+@pytest.mark.parametrize("name", ["a", "stranger"])
+@pytest.mark.parametrize("epoch", [2 + MAX_EPOCHS_AHEAD, 1 << 62, 1 << 63, (1 << 64) - 1])
+def test_an_epoch_that_no_cluster_reaches_is_refused_and_changes_nothing(epoch: int, name: str) -> None:
+    cluster = Cluster()
+    cluster.register(node("a"))
+    before = cluster.state
+    with pytest.raises(InvalidRequest, match=f"node {name} reports epoch {epoch} where this controller is at 1"):
+        cluster.report(node(name), epoch=epoch)
+    assert cluster.state is before
+    # The nearest one that is taken: reports of the epoch that came of it are taken too.
+    cluster.report(node("a"), epoch=1 + MAX_EPOCHS_AHEAD)
+    cluster.report(node("a"), epoch=cluster.epoch)
+    assert cluster.epoch == 2 + MAX_EPOCHS_AHEAD
 
 
 def test_of_two_processes_with_one_id_the_newer_has_it_and_epochs_stay() -> None:

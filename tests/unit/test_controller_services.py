@@ -283,8 +283,20 @@ def test_reports_from_nobody_and_of_nonsense(run: Callable[..., None]) -> None:
         ):
             async with refused(errors.InvalidRequest, "node"):
                 await it.membership.Report(pb.NodeReport(node=broken))
-        async with refused(errors.InvalidRequest, "reports epoch"):
-            await stranger.report(epoch=1 << 63)
+        node = await it.node("n1")
+        for fields in (
+            {"used_bytes": 1 << 63},
+            {"handover_bytes": 1 << 54},
+            {"cached": [pb.CachedSnapshot(snapshot="0" * 32, bytes_primary=1 << 63)]},
+            {"prefetches": [pb.PrefetchShare(job_id="j", bytes_total=(1 << 64) - 1)]},
+        ):
+            async with refused(errors.InvalidRequest, "node n1 reports [0-9]* bytes, which no node holds"):
+                await node.report(**fields)
+        for epoch in (1 << 62, 1 << 63, (1 << 64) - 1):
+            for each in (stranger, node):
+                async with refused(errors.InvalidRequest, f"reports epoch {epoch} .* delete orders.json"):
+                    await each.report(epoch=epoch)
+        assert (await node.report()).epoch == 1
 
     run(test)
 

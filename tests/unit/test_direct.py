@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from shoal.direct import DirectOrigin
-from shoal.errors import InvalidRequest, NodeUnavailable, OriginChanged
+from shoal.errors import DeadlineExceeded, InvalidRequest, NodeUnavailable, OriginChanged
 from shoal.filesystem import ShoalFileSystem
-from shoal.origin import open_origin
+from shoal.origin import Sink, open_origin
 from tests.support.minicluster import MiniCluster
+from tests.support.proxy import Fault, FaultProxy
+from tests.support.waiting import wait_for
 
 PLAIN = {"a": bytes(range(200)), "b/c": bytes(range(100, 250))}
 
@@ -59,7 +66,9 @@ def test_reads_go_to_the_origin_when_no_node_answers(tmp_path: Path, caplog: pyt
             assert fs.cat_file("set/a", 10, 190) == PLAIN["a"][10:190]
             assert fs.open_buffer("set/b/c").to_pybytes() == PLAIN["b/c"]
             assert fs.cat_ranges(["set/a", "set/b/c"], [60, 3], [70, 9]) == [PLAIN["a"][60:70], PLAIN["b/c"][3:9]]
-        assert len(caplog.records) <= 5, "it is said once, as are the two nodes that fail and the map that stays"
+        # What is said of nodes that fail and a map that stays is said again after a second or two.
+        said = [record for record in caplog.records if record.name == "shoal.direct"]
+        assert len(said) == 1, "once for all reads"
         assert [record.name for record in caplog.records].count("shoal.direct") == 1
         assert fs.direct_bytes == 200 + 180 + 150 + 10 + 6
 
@@ -72,6 +81,74 @@ def test_version_is_the_snapshot_s(tmp_path: Path) -> None:
         (world.files / "a").write_bytes(b"x" * 200)
         with pytest.raises(OriginChanged, match="dataset refresh"):
             fs.cat_file("set/a")
+
+
+def test_nodes_that_were_only_late_are_asked_again_where_the_origin_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their copies are of the snapshot's version, so that a changed origin ends no read that a node can serve."""
+    world = World(tmp_path, direct=True)
+    with world.cluster, contextlib.ExitStack() as proxies:
+        fault = Fault()
+        for node in world.cluster.nodes:
+            proxy = FaultProxy(f"http://{node.address}", lambda number: fault)
+            node.address = proxies.enter_context(proxy).address
+        world.cluster.publish()
+        fs = world.filesystem(origin={})
+        assert fs.cat_file("set/a") == PLAIN["a"]
+        (world.files / "a").unlink()
+        fault = Fault(delay_s=0.6)  # later than a probe is waited for while there are others to ask
+        fs.cluster.transport.drop_idle()
+        with caplog.at_level(logging.WARNING, "shoal.direct"):
+            assert fs.cat_file("set/a", 0, 10) == PLAIN["a"][:10]
+        assert "shoal.direct" in [record.name for record in caplog.records], "the origin was asked before"
+        assert fs.direct_bytes == 0
+
+
+def test_timeout_ends_a_read_of_an_origin_that_hangs(tmp_path: Path) -> None:
+    world = World(tmp_path, direct=True)
+    with world.cluster:
+        fs = world.filesystem(origin={}, timeout=0.5)
+        world.stop()
+        (world.files / "a").unlink()
+        os.mkfifo(world.files / "a")  # opening it waits for a writer
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match=r"'a' was not read within 0.5 s.*its origin file:.*'timeout'"):
+            fs.cat_file("set/a", 0, 10)
+        assert time.monotonic() - began < 10
+        with (world.files / "a").open("wb"):
+            wait_for(lambda: not direct_threads())
+        assert fs.cat_file("set/b/c") == PLAIN["b/c"], "the next one is none the worse"
+
+
+def direct_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "shoal-direct"]
+
+
+def test_nothing_is_written_for_a_reader_that_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, direct=True)
+    with world.cluster:
+        record = world.filesystem().cluster.dataset("set")
+    goes_on = threading.Event()
+
+    def stream(path: str, version: str, start: int, end: int, sink: Sink) -> None:
+        sink(memoryview(b"one"))
+        goes_on.wait()
+        sink(memoryview(b"two"))
+
+    monkeypatch.setattr("shoal.direct.MAX_READS", 1)
+    monkeypatch.setattr("shoal.origin.open_origin", lambda url, options: SimpleNamespace(stream=stream))
+    direct, buffer, reason = DirectOrigin(record, {}), bytearray(6), NodeUnavailable("nobody")
+    for _ in range(2):  # the second one finds no room, and waits no longer for it than for the bytes
+        with pytest.raises(DeadlineExceeded):
+            direct.read_into("a", "1", 0, memoryview(buffer), reason, time.monotonic() + 0.1)
+    assert len(direct_threads()) == 1
+    buffer[:] = b"theirs"
+    goes_on.set()
+    wait_for(lambda: not direct_threads())
+    assert buffer == b"theirs" and direct.bytes_read == 0
+    direct.read_into("a", "1", 0, memoryview(buffer), reason, time.monotonic() + 10)
+    assert buffer == b"onetwo" and direct.bytes_read == 6
 
 
 @pytest.mark.parametrize(("direct", "options"), [(False, {"origin": {}}), (True, {})])

@@ -204,6 +204,41 @@ def test_hostile_request_is_refused_and_harms_nobody(served: Served, name: str) 
     assert read(served, 0, 10) == PAYLOAD[:10]
 
 
+CHUNKED = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+#: What begins a request, and what is then sent of it without end.
+ENDLESS = {
+    "chunk extension": (CHUNKED + b"5;", b"x" * 1000),
+    "chunk extensions": (CHUNKED, b"1;" + b"x" * 1000 + b"\r\nx\r\n"),
+    "trailer's value": (CHUNKED + b"0\r\nX: ", b"x" * 1000),
+    "trailer's name": (CHUNKED + b"0\r\n", b"x" * 1000),
+}
+
+
+@pytest.mark.parametrize("name", sorted(ENDLESS))
+def test_what_frames_a_body_is_bounded_as_a_head_is(served: Served, name: str) -> None:
+    served.server._max_body = 1 << 20
+    head, more = ENDLESS[name]
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as sock:
+        sock.sendall(head)
+        # Twice what a head may have, and one more: a server that reads on would wait for the end.
+        for _ in range(2 * http_connection.MAX_HEAD // len(more) + 1):
+            sock.sendall(more)
+        answer = b""
+        while data := sock.recv(4096):
+            answer += data
+    assert answer.split()[1] == b"431", answer
+    assert b"longer than 16384 bytes" in answer and b"Connection: close" in answer
+
+
+def test_chunk_sizes_and_extensions_within_bounds_are_served(served: Served) -> None:
+    served.server._max_body = 1 << 20
+    body = b"1000;name=value\r\n" + b"x" * 4096 + b"\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as sock:
+        for _ in range(3):  # each counts for itself
+            sock.sendall(CHUNKED.replace(b"/", b"/a", 1) + body * 200 + b"0\r\n\r\n")
+            assert sock.recv(1000).endswith(b"\r\n\r\n/a")
+
+
 def test_half_a_request_and_a_vanished_reader_leave_nothing(served: Served) -> None:
     with socket.create_connection(("127.0.0.1", served.port)) as sock:
         sock.sendall(b"GET /fi")
@@ -266,3 +301,22 @@ def test_unknown_class_falls_back_to_its_status() -> None:
 
     assert type(http_errors.from_response(404, "FromTheFuture", "x")) is NotFound
     assert type(http_errors.from_response(418, "os", "x")) is ShoalError
+
+
+def test_a_hole_within_a_range_is_seen(tmp_path: Path) -> None:
+    length, end = http_connection.SENDFILE_STRIDE, 65536
+    path = tmp_path / "file"
+    path.write_bytes(bytes(length))
+    with path.open("rb") as file:
+        fd = file.fileno()
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if http_connection.is_resident(fd, 0, 1):
+            pytest.skip("this file system does not let go of pages")
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
+        for start in (0, length - end):
+            os.pread(fd, end, start)
+            assert http_connection.is_resident(fd, start, end)
+        assert not http_connection.is_resident(fd, 0, length)
+        os.pread(fd, length, 0)
+        assert http_connection.is_resident(fd, 0, length)

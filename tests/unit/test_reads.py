@@ -6,13 +6,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tenacity
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shoal.errors import NodeUnavailable, OriginChanged, OriginUnavailable
+from shoal import watch
+from shoal.errors import NodeUnavailable, OriginChanged, OriginUnavailable, Overloaded
 from tests.support.minicluster import MiniCluster
 
 PART, SHARD = 16, 64
@@ -144,14 +147,18 @@ def test_all_nodes_dead_is_one_sentence(tmp_path: Path) -> None:
             fs.cat_file("set/o")
 
 
-def test_new_owner_fills_from_the_old_one(tmp_path: Path) -> None:
+def test_new_owner_fills_from_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "HASTY_S", 60.0)  # all nodes are in this process: where one is late it is not grey
     plain = content("x", 20_000)
     with MiniCluster(tmp_path, {"o": plain}, nodes=3, part_size=64, shard_size=512, rebalance_rate=0) as cluster:
         cluster.publish(absent=(2,))
         assert cluster.filesystem().cat_file("set/o") == plain
+        for node in cluster.nodes[:2]:
+            cluster.run(node.fills.settle())  # what is not sealed yet no peer gives
         cluster.publish()
         before = cluster.origin.bytes_read
         assert cluster.filesystem().cat_file("set/o") == plain
+        cluster.run(cluster.nodes[2].fills.settle())  # what another node gave faster may still be under way to it
         assert cluster.origin.bytes_read == before
         assert cluster.nodes[2].store.used_bytes > 0
         assert cluster.nodes[2].counters.peer_bytes.value == cluster.nodes[2].store.used_bytes
@@ -238,3 +245,34 @@ def test_shard_that_is_filling_is_streamed_to_the_local_node_s_readers_and_mappe
         assert fs.open_buffer("set/x").to_pybytes() == plain
         assert len(local.maps) == 1
         assert cluster.origin.bytes_read == len(plain)
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[MiniCluster]:
+    """A node without room, which passes everything through, and takes no reader for that now."""
+    with MiniCluster(tmp_path, {"o": content("o", 100)}, capacity_bytes=1) as cluster:
+        cluster.nodes[0].passing._most = 0
+        yield cluster
+
+
+def test_nodes_that_are_overloaded_are_asked_again_ever_more_seldom(
+    full: MiniCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 8:
+            full.nodes[0].passing._most = 1  # who read through it is done
+
+    monkeypatch.setattr(tenacity.nap, "time", SimpleNamespace(sleep=sleep))
+    assert full.filesystem().cat_file("set/o") == content("o", 100)
+    assert len(waits) == 8
+    assert all(0 <= seconds <= min(5.0, 0.1 * 2**number) for number, seconds in enumerate(waits))
+
+
+def test_nodes_that_stay_overloaded_are_not_asked_past_the_time_limit(full: MiniCluster) -> None:
+    fs = full.filesystem(timeout=0.3)
+    with pytest.raises(Overloaded, match="0 readers have bytes pass through this node"):
+        fs.cat_file("set/o")
+    assert full.origin.reads == []

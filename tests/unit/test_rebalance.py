@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal import shard_client
 from shoal.cluster_map import NodeState
 from shoal.errors import NodeUnavailable, OriginUnavailable
 from shoal_cachenode import rebalance, whereabouts
@@ -141,8 +142,17 @@ def test_a_lost_replica_is_made_again_from_the_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [1, 0])
-def test_a_reader_of_a_few_bytes_has_them_from_the_peer_while_a_shard_moves(tmp_path: Path, rate: int) -> None:
-    """At a byte a second nothing arrives in time; and where nothing is moved readers bring it in, as ever."""
+@pytest.mark.parametrize("takes_holder", [True, False])
+def test_a_reader_of_a_few_bytes_has_them_from_the_peer_while_a_shard_moves(
+    tmp_path: Path, rate: int, takes_holder: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a byte a second nothing arrives in time; and where nothing is moved readers bring it in, as ever.
+
+    A reader of an older version, which does not say that it takes a name for an answer, gets the bytes through the new
+    owner.
+    """
+    if not takes_holder:
+        monkeypatch.setattr(shard_client, "TAKES_HOLDER", {})
     with MiniCluster(tmp_path, OBJECTS, nodes=2, rebalance_rate=rate) as cluster:
         cluster.publish(absent=(1,))
         read_all(cluster)
@@ -159,7 +169,11 @@ def test_a_reader_of_a_few_bytes_has_them_from_the_peer_while_a_shard_moves(tmp_
             cluster.run(new.fills.settle())
             assert (new.counters.relayed_bytes.value, keys(cluster, new, owned=False)) == (0, moving)
             return
-        assert new.counters.relayed_bytes.value == 30 * len(moving)
+        served_through = new.counters.relayed_bytes.value, new.counters.served_through_bytes.value
+        if takes_holder:
+            assert (new.counters.referrals.value, served_through) == (len(moving), (0, 0))
+        else:
+            assert (new.counters.referrals.value, served_through) == (0, (30 * len(moving), 30 * len(moving)))
         assert not keys(cluster, new, owned=False)
         assert new.counters.peer_bytes.value <= 64, "one part may be moved at once; the next one waits for a minute"
         read_all(cluster)  # whole parts: these readers bring the shards in
@@ -179,6 +193,43 @@ def test_a_holder_that_is_gone_is_no_error_of_the_reader(tmp_path: Path) -> None
         assert {path: fs.cat_file(f"set/{path}", 70, 100) for path in OBJECTS} == {
             path: data[70:100] for path, data in OBJECTS.items()
         }
+
+
+def test_a_holder_that_has_dropped_a_shard_is_no_error_of_the_reader(tmp_path: Path) -> None:
+    """The new owner names it all the same; asked again it must see to the bytes by itself."""
+    with MiniCluster(tmp_path, OBJECTS, nodes=2, rebalance_rate=1) as cluster:
+        cluster.publish(absent=(1,))
+        read_all(cluster)
+        cluster.publish()
+        old, new = cluster.nodes
+        cluster.run(new.whereabouts.ask(cluster.snapshot.digest))
+        path = owned_path(cluster, new)
+        for key in keys(cluster, new, owned=True):
+            old.store.evict(key)
+        assert cluster.filesystem().cat_file(f"set/{path}", 70, 100) == OBJECTS[path][70:100]
+        assert new.counters.referrals.value == 1
+        assert new.counters.relayed_bytes.value == 0
+
+
+def test_of_several_holders_each_is_named_for_some_shards(tmp_path: Path) -> None:
+    with MiniCluster(tmp_path, OBJECTS, nodes=4, replicas=3, rebalance_rate=1) as cluster:
+        cluster.publish(absent=(3,))
+        for node in range(3):  # each owns everything, and fills what it is asked for
+            local = cluster.filesystem(node=node, local=True)
+            assert {path: local.cat_file(f"set/{path}") for path in OBJECTS} == OBJECTS
+            cluster.run(cluster.nodes[node].fills.settle())
+        cluster.publish()
+        new = cluster.nodes[3]
+        served = [node.counters.served_sealed_bytes.value for node in cluster.nodes[:3]]
+        fs = cluster.filesystem(node=3, local=True)  # which asks the local owner first
+        assert {path: fs.cat_file(f"set/{path}", 70, 100) for path in OBJECTS} == {
+            path: data[70:100] for path, data in OBJECTS.items()
+        }
+        assert new.counters.referrals.value == len(keys(cluster, new, owned=True)) > 10
+        assert all(
+            node.counters.served_sealed_bytes.value > before
+            for node, before in zip(cluster.nodes[:3], served, strict=True)
+        )
 
 
 async def wake(node: CacheNode) -> None:

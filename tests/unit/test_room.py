@@ -15,11 +15,13 @@ from shoal import snapshot
 from shoal.cluster_map import ClusterMap
 from shoal.datasets import DatasetRecord
 from shoal.snapshot import Snapshot
+from shoal.wire.stream_post import StreamPost
 from shoal_cachenode import whereabouts
 from shoal_cachenode.library import Knowledge, KnownDataset, find_shard
 from shoal_cachenode.scheduler import Urgency
 from shoal_cachenode.store import StoreFull
 from tests.support.minicluster import MiniCluster
+from tests.support.waiting import wait_for
 
 SIZE, COUNT = 1000, 8
 NAMES = ("a", "b")
@@ -160,6 +162,49 @@ def test_last_use_outlives_a_restart(node: Node) -> None:
     node.start(idle_after_s=3600)
     node.read("a", 3)
     assert node.held("b") == 2, "still live"
+
+
+def test_what_a_running_stream_will_read_stays_and_its_dataset_is_live(node: Node) -> None:
+    node.read("a")
+    node.rest("a")
+    rows = np.array([0, 5], np.uint32)
+    post = StreamPost(rows, np.zeros(2, np.uint32), np.array([0, 9000], np.uint32))
+    digest, streams = node.snapshots["a"].digest, node.node.streams
+    assert node.cluster.run(streams.hear(digest, "0" * 32, post)) == b"\xc0", "both are here"
+    node.read("b", 2)
+    assert (node.held("a"), node.held("b")) == (COUNT, 0), "it is in use"
+    wait_for(lambda: digest in node.node.inventory.needed)
+    node.rest("a")
+    node.read("b")
+    holdings = node.node.inventory.known()[digest]
+    assert np.flatnonzero(holdings.held).tolist() == [0, 5], "even of a dataset that is idle"
+    node.cluster.run(streams.hear(digest, "0" * 32, StreamPost(rows[:0], rows[:0], rows[:0], is_leaving=True)))
+    wait_for(lambda: not node.node.inventory.needed)
+    node.rest("a")
+    node.read("b")
+    assert node.held("b") == COUNT
+
+
+def test_what_a_stream_needs_takes_the_room_of_idle_datasets(node: Node) -> None:
+    node.read("a")
+    node.rest("a")
+    rows = np.arange(3, dtype=np.uint32)
+    post = StreamPost(rows, np.zeros(3, np.uint32), rows * 100)
+    assert node.cluster.run(node.node.streams.hear(node.snapshots["b"].digest, "0" * 32, post)) == b"\x00"
+    wait_for(lambda: node.held("b") == 3)
+    node.node.inventory.of(node.snapshots["a"])
+    assert (node.held("a"), node.held("b"), node.dropped()) == (COUNT - 3, 3, {"idle": 3 * SIZE})
+
+
+def test_needs_of_a_dataset_that_finds_no_room_pause(node: Node) -> None:
+    node.read("a")
+    rows = np.arange(3, dtype=np.uint32)
+    post = StreamPost(rows, np.zeros(3, np.uint32), rows * 100)
+    node.cluster.run(node.node.streams.hear(node.snapshots["b"].digest, "0" * 32, post))
+    wait_for(lambda: "b" in node.node.streams._paused_until)
+    wait_for(lambda: node.node.fills.count == 0)
+    assert (node.held("a"), node.held("b")) == (COUNT, 0), "a is in use"
+    assert node.node.streams.missing_bytes == 3 * SIZE
 
 
 def test_pinned_dataset_keeps_everything(node: Node) -> None:

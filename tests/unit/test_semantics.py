@@ -151,7 +151,7 @@ def test_removed_dataset_is_not_found_and_what_was_read_of_it_stays(cluster: Min
 
 def test_time_of_change_is_when_the_snapshot_was_pinned(cluster: MiniCluster) -> None:
     fs = cluster.filesystem()
-    assert fs.modified("set/o") == fs.modified("set/empty") == fs._locate("set/o")[0].since
+    assert fs.modified("set/o") == fs.modified("set/empty") == fs.locate("set/o")[0].since
 
 
 def test_threads_may_share_a_file_system(cluster: MiniCluster) -> None:

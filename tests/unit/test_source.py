@@ -8,8 +8,8 @@ import pytest
 
 from shoal.errors import NodeUnavailable, NotCached, OriginUnavailable, Overloaded, ShoalError
 from shoal.origin import Sink
-from shoal_cachenode.origin_budget import OriginBusy
-from shoal_cachenode.source import FirstThatHasIt
+from shoal_cachenode.origin_budget import OriginBudget, OriginBusy, Rate
+from shoal_cachenode.source import Counter, FirstThatHasIt, OriginSource
 
 PLAIN = bytes(range(100))
 
@@ -72,3 +72,39 @@ def test_an_origin_without_room_for_now_is_not_one_that_failed() -> None:
     with pytest.raises(OriginBusy):
         read(Scripted("a", asked, failure=SILENT), Scripted("origin", asked, failure=OriginBusy()))
     assert asked == ["a", "origin"]
+
+
+class Left(Exception):
+    """The reader has."""
+
+
+def test_the_origin_is_not_asked_for_a_reader_that_left_while_its_turn_came() -> None:
+    asked: list[str] = []
+
+    def sink(data: memoryview) -> None:
+        raise Left
+
+    def source(*, waits: bool) -> OriginSource:
+        budget = OriginBudget(1, Rate(), lambda: None)
+        return OriginSource(Asked(asked), "a", "1", 0, Counter(), budget, waits)  # type: ignore[arg-type]
+
+    with pytest.raises(Left):
+        source(waits=True).stream(0, 10, sink)
+    assert asked == []
+    received = bytearray()
+    source(waits=True).stream(0, 10, received.extend)
+    assert (bytes(received), asked) == (PLAIN[:10], ["a"])
+    with pytest.raises(Left):
+        source(waits=False).stream(0, 10, sink)
+    assert asked == ["a", "a"], "a fill's read begins at once or not at all"
+
+
+class Asked:
+    """An origin of one object that notes what is read."""
+
+    def __init__(self, asked: list[str]) -> None:
+        self._asked = asked
+
+    def stream(self, path: str, version: str, start: int, end: int, sink: Sink) -> None:
+        self._asked.append(path)
+        sink(memoryview(PLAIN)[start:end])

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from shoal.errors import ShardCorrupt, StoreUnusable
+from shoal_cachenode import sealed_file
+from shoal_cachenode import store as store_module
+from shoal_cachenode.sealed_file import Damage
 from shoal_cachenode.shard_file import XATTR, ShardHeader
 from shoal_cachenode.store import AlreadySealed, PartialFile, Store, StoreFull
 
@@ -182,6 +190,90 @@ def test_after_an_unclean_stop_of_the_machine_sealed_files_are_verified(tmp_path
     store.close()
 
 
+def after_the_machine_went_down(directory: Path) -> Store:
+    """A store with one sealed shard, of before."""
+    store = Store(directory, 10_000, part_size=PART)
+    fill(store, 1, 200)
+    crash(store)
+    state = directory / "state.json"
+    state.write_text(state.read_text().replace('"boot_id": "', '"boot_id": "another-'))
+    return Store(directory, 10_000, part_size=PART)
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Each time that a sealed file is read and verified; it takes a moment."""
+    times: list[int] = []
+
+    def slow(fd: int, header: ShardHeader, beat: Callable[[], None]) -> Damage | None:
+        times.append(fd)
+        time.sleep(0.1)
+        return sealed_file.check(fd, header, beat)
+
+    monkeypatch.setattr(store_module, "check", slow)
+    return times
+
+
+def close_files(store: Store) -> None:
+    """As when many others are opened."""
+    for file in store._open.values():
+        file.release()
+    store._open.clear()
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_readers_that_come_together_verify_a_shard_once(tmp_path: Path, verified: list[int], is_open: bool) -> None:
+    store = after_the_machine_went_down(tmp_path)
+    if is_open:
+        assert read(store, 1) == content(1, 200)
+        (tmp_path / "shards" / key(1).hex()[:2] / key(1).hex()).touch()
+        verified.clear()
+    for _ in range(2):
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(read, [store] * 16, [1] * 16)) == [content(1, 200)] * 16
+        assert len(verified) == 1
+        close_files(store)
+    store.close()
+
+
+def test_a_shard_is_verified_once_where_that_cannot_be_noted(
+    tmp_path: Path, verified: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = after_the_machine_went_down(tmp_path)
+    path = tmp_path / "shards" / key(1).hex()[:2] / key(1).hex()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "setxattr", refuse)
+        for _ in range(3):
+            assert read(store, 1) == content(1, 200)
+            close_files(store)
+        assert len(verified) == 1
+        path.touch()
+        assert read(store, 1) == content(1, 200)
+        assert len(verified) == 2, "somebody may have written to it"
+        close_files(store)
+    path.chmod(0o644)
+    path.write_bytes(bytes(200))
+    assert read(store, 1) is None
+    store.close()
+
+
+def test_readers_that_come_together_to_a_damaged_shard_find_none(tmp_path: Path, verified: list[int]) -> None:
+    store = after_the_machine_went_down(tmp_path)
+    lost: list[bytes] = []
+    store.on_lost = lambda key, damage: lost.append(key)
+    path = tmp_path / "shards" / key(1).hex()[:2] / key(1).hex()
+    path.chmod(0o644)
+    path.write_bytes(bytes(200))
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(read, [store] * 16, [1] * 16)) == [None] * 16
+    assert (len(verified), lost, store.used_bytes) == (1, [key(1)], 0)
+    store.close()
+
+
 def test_second_node_on_the_same_directory_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path, 1000)
     with pytest.raises(StoreUnusable, match="another cache node already uses"):
@@ -199,6 +291,117 @@ def test_damaged_state_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(StoreUnusable, match=r"state\.json is damaged"):
         Store(tmp_path, 1000)
+
+
+class SlowUnlink:
+    """`Path.unlink` that waits for `may_end`, in threads that were told to."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, error: OSError | None = None) -> None:
+        self.has_begun, self.may_end = threading.Event(), threading.Event()
+        unlink = Path.unlink
+
+        def slow(path: Path, missing_ok: bool = False) -> None:
+            if threading.current_thread().name.startswith("slow"):
+                self.has_begun.set()
+                assert self.may_end.wait(20)
+                if error is not None:
+                    raise error
+            unlink(path, missing_ok)
+
+        patch.setattr(Path, "unlink", slow)
+
+
+def leave_a_partial(store: Store) -> None:
+    partial = store.begin(key(1), 200)
+    partial.write_part(0, content(1, 200)[:PART])
+    store.suspend(partial)
+
+
+@pytest.mark.parametrize("was_sealed", [False, True])
+def test_fill_that_begins_while_its_shard_is_evicted_keeps_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, was_sealed: bool
+) -> None:
+    store = Store(tmp_path, 300, part_size=PART)
+    lost: list[bytes] = []
+    store.on_lost = lambda key, damage: lost.append(key)
+    if was_sealed:
+        fill(store, 1, 200)
+    else:
+        leave_a_partial(store)
+    slow = SlowUnlink(monkeypatch)
+    with ThreadPoolExecutor(1, "slow") as evicting, ThreadPoolExecutor(1) as filling:
+        evicted = evicting.submit(store.evict, key(1))
+        assert slow.has_begun.wait(20)
+        assert store.used_bytes == 200, "counted as long as it is there"
+        assert (store.is_sealed(key(1)), store.has_partial(key(1)), store.begin_blocks(key(1))) == (False, False, True)
+        assert (read(store, 1), store.evict(key(1))) == (None, 0)
+        with pytest.raises(AlreadySealed):
+            store.begin(key(1), 200, waits=False)
+        began = filling.submit(fill, store, 1, 200)
+        with pytest.raises(TimeoutError):
+            began.result(0.1)
+        slow.may_end.set()
+        assert evicted.result(20) == 200
+        began.result(20)
+    assert (store.used_bytes, store.reserved_bytes, store.sealed_sizes()) == (200, 0, {key(1): 200})
+    assert (read(store, 1), lost) == (content(1, 200), [])
+    store.close()
+
+
+@pytest.mark.parametrize("was_sealed", [False, True])
+def test_shard_that_the_drive_does_not_let_go_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, was_sealed: bool
+) -> None:
+    store = Store(tmp_path, 300, part_size=PART)
+    if was_sealed:
+        fill(store, 1, 200)
+    else:
+        leave_a_partial(store)
+    slow = SlowUnlink(monkeypatch, OSError(errno.EIO, "Input/output error"))
+    with ThreadPoolExecutor(1, "slow") as evicting:
+        evicted = evicting.submit(store.evict, key(1))
+        slow.may_end.set()
+        with pytest.raises(OSError, match="Input/output error"):
+            evicted.result(20)
+    assert store.used_bytes == 200
+    if was_sealed:
+        assert read(store, 1) == content(1, 200)
+    else:
+        fill(store, 1, 200)
+    assert store.evict(key(1)) == 200
+    assert (store.used_bytes, store.begin_blocks(key(1))) == (0, False)
+    store.close()
+
+
+def test_fills_and_evictions_at_a_time_leave_what_the_ledger_says(tmp_path: Path) -> None:
+    store = Store(tmp_path, 1000, part_size=PART)
+    lost: list[bytes] = []
+    store.on_lost = lambda key, damage: lost.append(key)
+    is_over = threading.Event()
+
+    def evict() -> None:
+        while not is_over.is_set():
+            store.evict(key(1))
+
+    with ThreadPoolExecutor(3) as threads:
+        evicting = [threads.submit(evict) for _ in range(3)]
+        try:
+            filled = 0
+            while filled < 200:  # each but the first takes an eviction
+                try:
+                    leave_a_partial(store)
+                    fill(store, 1, 200)
+                    filled += 1
+                except AlreadySealed:
+                    time.sleep(0)
+        finally:
+            is_over.set()
+        for each in evicting:
+            each.result(20)
+    assert lost == []
+    on_drive = [path for kind in ("shards", "filling") for path in (tmp_path / kind).rglob("*") if path.is_file()]
+    assert store.used_bytes == 200 * len(on_drive) == sum(store.sealed_sizes().values()) + store.reserved_bytes
+    store.close()
 
 
 class StoreMachine(RuleBasedStateMachine):

@@ -9,16 +9,13 @@ whoever waits for it may stop that node.
 
 from __future__ import annotations
 
-import sys
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 import click
-from tqdm import tqdm
 
 from shoal import sizes
-from shoal.cli import connect, output, records
+from shoal.cli import connect, output, records, watching
 from shoal.errors import InvalidRequest, NotFound, ShoalError, Unavailable
 
 if TYPE_CHECKING:
@@ -28,10 +25,6 @@ if TYPE_CHECKING:
 POLL_S = 0.25
 #: Nothing was handed over for so long and other nodes lack room: it will not go on by itself.
 STUCK_S = 30.0
-#: A controller that is silent for so long is reported; the drain may go on without it.
-SILENCE_TIMEOUT_S = 600.0
-#: As a shell tells of a program that SIGINT ended.
-INTERRUPTED_STATUS = 130
 
 #: Replaced in tests.
 sleep = time.sleep
@@ -153,40 +146,41 @@ def _follow(endpoint: str | None, known: records.Json, timeout_s: float | None) 
     """Watch a drain to its end: the node as it was last seen, and why it is not drained, "" where it is.
 
     Raises:
-        Unavailable: the controller stayed away for `SILENCE_TIMEOUT_S`.
+        Unavailable: the controller stayed away for `watching.SILENCE_TIMEOUT_S`.
         click.exceptions.Exit: Ctrl-C.
     """
     node_id = known["id"]
     goes_on = f"the drain goes on, 'shoal node list' shows how far it is, 'shoal node undrain {node_id}' undoes it"
-    with _Bar(node_id) as bar:
-        try:
-            known, why = _watch(endpoint, known, timeout_s, bar)
-        except KeyboardInterrupt:
-            bar.close()
-            output.remark(goes_on)
-            raise click.exceptions.Exit(INTERRUPTED_STATUS) from None
+    with watching.Bar(goes_on) as bar:
+        known, why = _watch(endpoint, known, timeout_s, bar)
     if not why:
         return known, ""
     left = f"{_left(known)} left to hand over" if known["state"] != "down" else "not all handed over"
     return known, f"node {node_id} is not drained{why}: {left}: {known['waits_for']}; {goes_on}"
 
 
-def _watch(endpoint: str | None, known: records.Json, timeout_s: float | None, bar: _Bar) -> tuple[records.Json, str]:
+def _watch(
+    endpoint: str | None, known: records.Json, timeout_s: float | None, bar: watching.Bar
+) -> tuple[records.Json, str]:
     began_at = heard_at = moved_at = time.monotonic()
     least: int | None = None
+    most = 0
     while True:
         try:
             # The endpoint is asked each time: a controller may come back elsewhere.
             with connect.control(connect.cluster(endpoint)) as control:
                 nodes = _nodes(control)
         except Unavailable:
-            if time.monotonic() - heard_at > SILENCE_TIMEOUT_S:
+            if time.monotonic() - heard_at > watching.SILENCE_TIMEOUT_S:
                 raise
         else:
             now = heard_at = time.monotonic()
             known = _still_draining(nodes, known["id"])
-            bar.show(known)
             left = known["handover_bytes"]
+            if left is not None:
+                # More may be left than there was at first: a map change in between gave it to owners that lack it.
+                most = max(most, left)
+                bar.show(f"draining {known['id']}", most - left, most, known["waits_for"])
             if left is None or least is None or left < least:
                 least, moved_at = left, now
             lacking = any(other["short_bytes"] for other in nodes if other["state"] == "up")
@@ -213,42 +207,3 @@ def _still_draining(nodes: list[records.Json], node_id: str) -> records.Json:
 def _left(known: records.Json) -> str:
     left = known["handover_bytes"]
     return "it is not known yet what is" if left is None else f"{sizes.format(left)} are"
-
-
-class _Bar:
-    """Bytes handed over, rate and time left on stderr; nothing where that is no terminal."""
-
-    def __init__(self, node_id: str) -> None:
-        self._node_id = node_id
-        self._bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def show(self, known: records.Json) -> None:
-        left = known["handover_bytes"]
-        if left is None:
-            return
-        if self._bar is None:
-            bar: tqdm[Any] = tqdm(
-                desc=f"draining {self._node_id}",
-                total=left,
-                unit="B",
-                unit_scale=True,
-                unit_divisor=1024,
-                disable=not sys.stderr.isatty(),
-            )
-            self._bar = bar
-        # More may be left than there was at first: a map change in between gave it to owners that lack it.
-        self._bar.total = max(self._bar.total or 0, left)
-        self._bar.set_postfix_str(known["waits_for"], refresh=False)
-        self._bar.update(self._bar.total - left - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -8,24 +8,14 @@ The rule: exit status 0 means that every byte was in the cache, verified, when t
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
 
 import click
 import tenacity
-from tqdm import tqdm
 
 from shoal import datasets, sizes
-from shoal.cli import connect, output, records
+from shoal.cli import connect, output, records, watching
 from shoal.errors import ClusterUnavailable, ShoalError, Unavailable
-
-#: A controller that is silent for so long is reported; the job may go on without it.
-SILENCE_TIMEOUT_S = 600.0
-#: As a shell tells of a program that SIGINT ended.
-INTERRUPTED_STATUS = 130
 
 #: Replaced in tests.
 sleep = time.sleep
@@ -114,23 +104,18 @@ def follow(endpoint: str | None, job_id: str) -> records.Json:
     """Watch a job until it is finished, with a bar on stderr, over restarts of the controller.
 
     Raises:
-        Unavailable: the controller stayed away for `SILENCE_TIMEOUT_S`.
+        Unavailable: the controller stayed away for `watching.SILENCE_TIMEOUT_S`.
         NotFound: there is no such job.
         click.exceptions.Exit: Ctrl-C.
     """
-    with _Bar() as bar:
-        try:
-            return _watch(endpoint, job_id, bar.show)
-        except KeyboardInterrupt:
-            bar.close()
-            output.remark(
-                f"the prefetch goes on: 'shoal prefetch --watch {job_id}' shows it, "
-                f"'shoal prefetch --cancel {job_id}' ends it"
-            )
-            raise click.exceptions.Exit(INTERRUPTED_STATUS) from None
+    goes_on = (
+        f"the prefetch goes on: 'shoal prefetch --watch {job_id}' shows it, 'shoal prefetch --cancel {job_id}' ends it"
+    )
+    with watching.Bar(goes_on) as bar:
+        return _watch(endpoint, job_id, bar)
 
 
-def _watch(endpoint: str | None, job_id: str, show: Callable[[records.Json], None]) -> records.Json:
+def _watch(endpoint: str | None, job_id: str, bar: watching.Bar) -> records.Json:
     heard_at = time.monotonic()
 
     def once() -> records.Json:
@@ -143,7 +128,7 @@ def _watch(endpoint: str | None, job_id: str, show: Callable[[records.Json], Non
                     heard_at = time.monotonic()
                     job = records.job(raw)
                     state = job["state"]
-                    show(job)
+                    bar.show(records.job_target(job), job["bytes_done"], job["bytes_total"], job["reason"])
                     if state in records.FINISHED:
                         return job
             if not state:
@@ -152,46 +137,10 @@ def _watch(endpoint: str | None, job_id: str, show: Callable[[records.Json], Non
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Unavailable),
         wait=tenacity.wait_exponential(multiplier=0.1, max=5.0),
-        stop=lambda _: time.monotonic() - heard_at > SILENCE_TIMEOUT_S,
+        stop=lambda _: time.monotonic() - heard_at > watching.SILENCE_TIMEOUT_S,
         sleep=lambda seconds: sleep(seconds),
         reraise=True,
     )(once)
-
-
-class _Bar:
-    """Bytes, rate and time left on stderr; nothing where that is no terminal."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def show(self, job: records.Json) -> None:
-        if self._bar is None:
-            # What was there before is not counted in the rate.
-            bar: tqdm[Any] = tqdm(
-                desc=records.job_target(job),
-                initial=job["bytes_done"],
-                total=job["bytes_total"],
-                unit="B",
-                unit_scale=True,
-                unit_divisor=1024,
-                disable=not sys.stderr.isatty(),
-            )
-            self._bar = bar
-        self._bar.total = job["bytes_total"]
-        self._bar.set_postfix_str(job["reason"], refresh=False)
-        self._bar.update(job["bytes_done"] - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _finish(job: records.Json, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from shoal.cli import dataset, dev, files, node, prefetch, status
+from shoal.cli import dataset, dev, files, node, plan, prefetch, status
 from shoal.errors import ShoalError
 
 
@@ -65,5 +65,15 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (dataset.dataset, prefetch.prefetch, node.node, status.status, files.ls, files.cat, files.get, dev.dev):
+for command in (
+    dataset.dataset,
+    prefetch.prefetch,
+    plan.plan,
+    node.node,
+    status.status,
+    files.ls,
+    files.cat,
+    files.get,
+    dev.dev,
+):
     main.add_command(command)

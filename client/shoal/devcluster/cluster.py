@@ -20,8 +20,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
-from typing import IO, Self
+from typing import IO
 
 import tenacity
 
@@ -29,6 +28,7 @@ from shoal import sizes
 from shoal.cluster_map import ClusterMap, NodeState
 from shoal.devcluster import ports
 from shoal.devcluster.server import STOP_GRACE_S, Death, ServerProcess
+from shoal.devcluster.starting import Startable
 from shoal.errors import ShoalError, StoreUnusable
 from shoal.transport import Transport
 
@@ -38,7 +38,7 @@ READY_TIMEOUT_S = 60.0
 _MAX_SOCKET_PATH = 107
 
 
-class DevCluster:
+class DevCluster(Startable):
     """A controller and `len(nodes)` cache nodes. A context manager; not thread-safe, but any one thread may use it.
 
         with DevCluster(nodes=3, capacity="1GiB") as cluster:
@@ -98,19 +98,6 @@ class DevCluster:
         self.controller: ServerProcess
         self.nodes: list[ServerProcess] = []
         self.sockets: list[Path] = []
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     # What a user of the cluster asks.
 

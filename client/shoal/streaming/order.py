@@ -44,6 +44,7 @@ class Order:
 
     Attributes:
         length: samples.
+        window: as above; 1 where nothing is shuffled.
 
     Raises:
         InvalidRequest: a length is negative, or the window is not positive.
@@ -59,13 +60,18 @@ class Order:
         self.length = int(lengths.sum())
         key = _key(seed, epoch)
         self._place_key = key ^ _PLACES
-        self._window = window if shuffle else 1
+        self.window = window if shuffle else 1
         if shuffle:
             hashes = mix64(np.arange(len(lengths), dtype=U64) ^ mix64(_array(key ^ _RUNS)))
             self._runs = np.argsort(hashes, kind="stable")
         else:
             self._runs = np.arange(len(lengths))
         self._ends = np.cumsum(lengths[self._runs])
+
+    @property
+    def sequence(self) -> tuple[Samples, Samples]:
+        """The runs in the order of step 1, and the place at which each begins. Shapes (runs,)."""
+        return self._runs, np.concatenate([[0], self._ends[:-1]]) if len(self._ends) else self._ends
 
     def samples(self, start: int, stop: int) -> Samples:
         """The samples at positions [start, stop) of the order, numbered as in the data. Shape (stop - start,).
@@ -86,15 +92,15 @@ class Order:
 
     def _places(self, start: int, stop: int) -> Samples:
         """The places whose samples come at positions [start, stop)."""
-        if self._window == 1 or start == stop:
+        if self.window == 1 or start == stop:
             return np.arange(start, stop)
         # Fewer than `start` keys are below `start`, for a key is at least its place; and at least `stop` of them, or
         # all, are below `stop + window`. So the wanted ones have keys in between, and places from a window before.
-        low, high = start, stop + self._window
-        first = max(0, low - self._window + 1)
+        low, high = start, stop + self.window
+        first = max(0, low - self.window + 1)
         places = np.arange(first, min(high, self.length))
         hashes = mix64(places.astype(U64) ^ mix64(_array(self._place_key)))
-        keys = places + (hashes % U64(self._window)).astype(np.int64)
+        keys = places + (hashes % U64(self.window)).astype(np.int64)
         before = first + int(np.count_nonzero(keys < low))
         chosen = np.flatnonzero((keys >= low) & (keys < high))
         chosen = chosen[np.lexsort((places[chosen], hashes[chosen], keys[chosen]))]

@@ -125,6 +125,25 @@ def assign(homes: Indexes, rank_nodes: Indexes, runs: Indexes) -> Indexes:
     return batches
 
 
+def reads_whole(homes: Indexes, rank_nodes: Indexes, runs: Indexes, rank: int) -> npt.NDArray[np.bool_]:
+    """Whether a rank had better read runs whole, because most of their samples come to it. Shape (n,).
+
+    Those of its own node, where a whole run costs no more than a sample; and of those at home with no rank, the ones
+    that prefer this rank to all others. Of any other run it gets a sample now and then, when a step has to be evened.
+
+    Args:
+        homes, rank_nodes, runs: as `assign` takes them.
+    """
+    places, groups = np.unique(rank_nodes, return_inverse=True)
+    mine = rank_nodes[rank]
+    is_home = (homes == mine).any(axis=1) & (mine != NOWHERE)
+    is_others = np.isin(homes, places[places != NOWHERE]).any(axis=1)
+    members = np.flatnonzero(groups == groups[rank])
+    prefers = _favourites(runs, len(places))[:, 0] == groups[rank]
+    prefers &= members[_favourites(runs, len(members))[:, 0]] == rank
+    return np.asarray(is_home | (prefers & ~is_others))
+
+
 def _favourites(runs: Indexes, hands: int) -> Indexes:
     """Hands that the samples of a run prefer to all others, step after step. Shape (n, FAVOURITES)."""
     salts = np.arange(1, FAVOURITES + 1, dtype=U64)

@@ -33,6 +33,8 @@ from shoal.wire.http_messages import Buffer, FileSlice, Request, Rescue, Respons
 MAX_HEAD = 16 << 10
 #: Bytes handed to one sendfile call: enough to amortise the call, small enough to share the loop.
 SENDFILE_STRIDE = 1 << 20
+#: What Linux reads ahead by default, so what is in the page cache at both ends of it mostly is between them.
+PROBE_EVERY = 128 << 10
 #: A body of which so much is left is worth a thread of `Senders`, which sends so much of it at a time.
 BULK_BYTES = 4 << 20
 OFFLOAD_BYTES = 32 << 20
@@ -77,7 +79,7 @@ class _Head:
         self._is_local = is_local
         self._max_body = max_body
         self._bodies = bodies
-        self._body_bytes = 0
+        self.body_bytes = 0
         self.on_message_begin()
         self.is_under_way = False
 
@@ -90,8 +92,8 @@ class _Head:
 
     def release_body(self) -> None:
         """The body is somebody else's to account for, or will never be whole."""
-        self._bodies.held_bytes -= self._body_bytes
-        self._body_bytes = 0
+        self._bodies.held_bytes -= self.body_bytes
+        self.body_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -105,9 +107,9 @@ class _Head:
         self.is_complete = True
 
     def on_body(self, body: bytes) -> None:
-        self._body_bytes += len(body)
+        self.body_bytes += len(body)
         self._bodies.held_bytes += len(body)
-        if self._body_bytes > self._max_body:
+        if self.body_bytes > self._max_body:
             if not self._max_body:
                 raise BadRequest("a request body is not served here")
             raise BadRequest(
@@ -174,7 +176,7 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._ready: deque[tuple[Request, bool]] = deque()
         self._head = _Head(self._ready, is_local, max_body, bodies)
-        self._unparsed = 0
+        self._beside_body = 0  # bytes of the request that is under way: its head, and what frames its body
         self._began_s = 0.0  # the request that is under way
         self._is_late = False
         self.keep_alive = True
@@ -217,8 +219,7 @@ class Connection:
                 self._began_s = self._loop.time()
             if not data:
                 return None
-            if not self._head.is_complete:
-                self._unparsed += len(data)
+            body_bytes = self._head.body_bytes
             try:
                 self._head.parser.feed_data(data)
             except httptools.HttpParserUpgrade as error:
@@ -228,10 +229,13 @@ class Connection:
                     raise error.__context__ from None
                 raise BadRequest(f"not an HTTP/1.1 request: {error}") from error
             if self._ready:
-                self._unparsed = 0
-            elif self._unparsed > MAX_HEAD and not self._head.is_complete:
+                self._beside_body = 0
+                break
+            self._beside_body += len(data) - (self._head.body_bytes - body_bytes)
+            if self._beside_body > MAX_HEAD:
+                what = "head, chunk sizes and trailers are" if self._head.is_complete else "head is"
                 raise BadRequest(
-                    f"the request head is longer than {MAX_HEAD} bytes", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+                    f"the request {what} longer than {MAX_HEAD} bytes", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
                 )
         request, keep_alive = self._ready.popleft()
         self.keep_alive = keep_alive
@@ -476,14 +480,18 @@ async def _close(pieces: AsyncIterator[Buffer | FileSlice]) -> None:
 
 
 def is_resident(fd: int, offset: int, length: int) -> bool:
-    """Whether the first and last byte of a file range are in the page cache, so that reading will not wait for a disk.
+    """Whether a file range seems to be in the page cache, so that reading will not wait for a disk.
 
-    A hint: the pages between may be absent, which readahead makes rare. True where the file system cannot tell.
+    A hint: only the ends are looked at, and a byte in each `PROBE_EVERY` between. True where the file system cannot
+    tell.
     """
-    probe = bytearray(1)
+    preadv, probe, last = os.preadv, [bytearray(1)], offset + length - 1
     try:
-        os.preadv(fd, [probe], offset, os.RWF_NOWAIT)
-        os.preadv(fd, [probe], offset + length - 1, os.RWF_NOWAIT)
+        preadv(fd, probe, offset, os.RWF_NOWAIT)
+        if length > PROBE_EVERY:
+            for at in range(offset + PROBE_EVERY, last, PROBE_EVERY):
+                preadv(fd, probe, at, os.RWF_NOWAIT)
+        preadv(fd, probe, last, os.RWF_NOWAIT)
     except BlockingIOError:
         return False
     except OSError:

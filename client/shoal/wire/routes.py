@@ -66,8 +66,7 @@ def make_handler(
 
     async def handle(request: Request) -> Response:
         parts = request.path.split("/")[1:]
-        is_batch = otherwise is not None and parts[:2] == ["v1", "snapshots"] and parts[-1] == "ranges"
-        if request.method == "POST" and not is_batch:
+        if request.method == "POST" and not (otherwise is not None and _takes_posts(parts)):
             raise MethodNotAllowed("POST", "GET, HEAD")
         match parts:
             case ["v1", "snapshots", digest]:
@@ -83,8 +82,8 @@ def make_handler(
             case ["v1", "resolve"]:
                 return await _resolve(view, request)
             case ["v1", "alive"]:
-                stalled = view.stalled()
-                return _text(503 if stalled else 200, stalled or "alive")
+                stalled = view.stalled()  # not 503, which a server that is only too busy gives to whoever comes
+                return _text(507 if stalled else 200, stalled or "alive")
             case ["healthz"]:
                 return _text(200, "ok")
             case ["readyz"]:
@@ -95,6 +94,14 @@ def make_handler(
         raise NotFound(f"nothing is served at {request.path!r}: see docs/wire.md for the paths")
 
     return handle
+
+
+def _takes_posts(parts: list[str]) -> bool:
+    """Whether a path is one of a cache node's that are posted to."""
+    match parts:
+        case ["v1", "snapshots", *_, "ranges"] | ["v1", "snapshots", _, "streams", _]:
+            return True
+    return False
 
 
 def _json(value: object) -> Response:

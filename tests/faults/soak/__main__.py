@@ -23,6 +23,7 @@ from pathlib import Path
 
 import click
 
+from shoal.errors import ShoalError
 from shoal_cachenode.shard_file import XATTR, ShardHeader
 from tests.faults.soak import report as report_module
 from tests.faults.soak.chaos import Chaos
@@ -55,11 +56,12 @@ class Sampler(threading.Thread):
         while not self._ending.wait(_SAMPLE_S):
             pids = {}
             for name, server in self._world.cluster.processes.items():
-                with contextlib.suppress(Exception):  # it does not run now
+                with contextlib.suppress(ShoalError):  # it does not run now
                     pids[name] = server.pid
             for reader in list(self._world.readers):
                 pids[f"reader-{reader.spec.number}"] = reader.pid
             for name, pid in pids.items():
+                # It ended in between; one that nobody has waited for yet has a status without that line.
                 with contextlib.suppress(OSError, StopIteration):
                     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
                     kib = int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
@@ -136,7 +138,7 @@ def _told(sentences: Iterator[str]) -> Iterator[str]:
     """`sentences`, and that no more of them can be had where that is so: half an hour's figures are not lost for it."""
     try:
         yield from sentences
-    except Exception:  # noqa: BLE001
+    except Exception:  # noqa: BLE001 - told as a defect, with its traceback
         yield f"could not be looked at: {traceback.format_exc()}"
 
 
@@ -191,7 +193,7 @@ def _sizes(world: World, index: int) -> Iterator[int]:
 
 def _strays(world: World, index: int) -> Iterator[Path]:
     root = world.cluster.data_dir / f"node-{index}"
-    known = {"lock", "shards", "filling", "snapshots", "unread"}
+    known = {"lock", "shards", "filling", "snapshots", "indexes", "unread"}
     known |= {"state.json", "orders.json", "scrub.json", "usage.json"}
     yield from (path for path in root.iterdir() if path.name not in known)
     for path in root.glob("shards/**/*"):
@@ -218,7 +220,13 @@ def _tracebacks(directory: Path) -> Iterator[str]:
 @click.option("--minutes", default=30.0, show_default=True, help="How long faults come.")
 @click.option("--seed", default=1, show_default=True, help="Which faults come when.")
 @click.option("--nodes", default=4, show_default=True, type=click.IntRange(SMALL_DISKS), help="Besides the guest.")
-@click.option("--readers", default=4, show_default=True, help="Processes that read; every other one beside a node.")
+@click.option(
+    "--readers",
+    default=4,
+    show_default=True,
+    type=click.IntRange(2),
+    help="Processes that read; every other one beside a node.",
+)
 @click.option("--threads", default=2, show_default=True, help="Of each reader.")
 @click.option("--json", "json_path", type=Path, help="File for the report.")
 @click.option("--keep", type=Path, help="Directory to run in, which stays.")

@@ -118,7 +118,7 @@ class Chaos:
                 return self._prefetch(action)
             case Kind.READER_KILLED:
                 self._generation += 1
-                self._world.replace_reader(int(action.draw * len(self._world.readers)), self._generation)
+                self._world.replace_reader(action.reader(len(self._world.readers)), self._generation)
             case _:
                 self._world.origin.set_mood(MOODS[action.kind])
                 self._pause(action.for_s)

@@ -20,11 +20,12 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from shoal.cli.control import Control
 from shoal.devcluster import DevCluster
+from shoal.devcluster.starting import Startable
+from shoal.errors import ShoalError
 from shoal.filesystem import ShoalFileSystem
 from tests.faults.soak import content
 from tests.faults.soak.content import SHARD_SIZE
@@ -102,7 +103,7 @@ class Reader:
                 pipe and pipe.close()
 
 
-class World:
+class World(Startable):
     """Everything that runs. A context manager.
 
     Attributes:
@@ -138,21 +139,8 @@ class World:
 
     # Beginning and end
 
-    def __enter__(self) -> Self:
-        try:
-            self._begin()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _begin(self) -> None:
-        self.weed.__enter__()
+    def start(self) -> None:
+        self.weed.start()
         self.origin = MoodyOrigin(self.weed.endpoint_url)
         self.origin.__enter__()
         self.weed.create_bucket(BUCKET)
@@ -185,7 +173,7 @@ class World:
         for reader in self.readers:
             reader.kill()
         for server in self.cluster.processes.values():
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(ShoalError, ProcessLookupError):  # it does not run: nothing to let go on
                 os.kill(server.pid, signal.SIGCONT)
         self.cluster.close()
         if hasattr(self, "origin"):

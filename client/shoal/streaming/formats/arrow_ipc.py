@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from shoal import memory
-from shoal.errors import InvalidRequest
+from shoal.errors import InvalidRequest, ShoalError
 from shoal.streaming.formats.flatbuffer import Table
 from shoal.streaming.formats.source import Extent, Source
 
@@ -124,6 +124,8 @@ class Reader:
                 self._file.seek(run.start)
                 batch = pa.ipc.read_record_batch(pa.ipc.read_message(self._file), self._opened.schema)
         except (pa.ArrowException, OSError) as error:
+            if isinstance(error, ShoalError):
+                raise
             raise InvalidRequest(f"batch {run.number} of {self._name} cannot be read: {error}") from error
         table = pa.Table.from_batches([batch])
         return table if self._columns is None else table.select(self._columns)

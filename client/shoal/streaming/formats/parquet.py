@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shoal.errors import InvalidRequest
+from shoal.errors import InvalidRequest, ShoalError
 from shoal.streaming.formats.source import Extent
 
 
@@ -15,10 +15,7 @@ def runs(name: str, file: pa.NativeFile) -> list[Extent]:
     Raises:
         InvalidRequest: it is none.
     """
-    try:
-        metadata = pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
-        raise InvalidRequest(f"{name} is no Parquet file ({error}): leave it out of the pattern") from error
+    metadata = footer(name, file)
     found = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -28,6 +25,16 @@ def runs(name: str, file: pa.NativeFile) -> list[Extent]:
     return found
 
 
+def footer(name: str, file: pa.NativeFile) -> pq.FileMetaData:
+    """A file's footer. Raises InvalidRequest where it has none."""
+    try:
+        return pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, ShoalError):
+            raise
+        raise InvalidRequest(f"{name} is no Parquet file ({error}): leave it out of the pattern") from error
+
+
 def _span(column: pq.ColumnChunkMetaData) -> tuple[int, int]:
     # The dictionary, where there is one, lies before the data.
     start = column.dictionary_page_offset or column.data_page_offset
@@ -35,18 +42,27 @@ def _span(column: pq.ColumnChunkMetaData) -> tuple[int, int]:
 
 
 class Reader:
-    """The row groups of one object. Not for several threads at once."""
+    """The row groups of one object. Not for several threads at once.
 
-    def __init__(self, name: str, file: pa.NativeFile, columns: list[str] | None) -> None:
+    Args:
+        metadata: its footer, where that was read before.
+    """
+
+    def __init__(
+        self, name: str, file: pa.NativeFile, columns: list[str] | None, metadata: pq.FileMetaData | None = None
+    ) -> None:
         self._name, self._columns = name, columns
         try:
-            self._opened = pq.ParquetFile(file)
+            self._opened = pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
         except (pa.ArrowException, OSError) as error:
             raise InvalidRequest(f"{name} is no Parquet file ({error})") from error
 
     def table(self, run: Extent) -> pa.Table:
         """The rows of a run, decoded. Raises InvalidRequest where it cannot be read."""
         try:
-            return self._opened.read_row_group(run.number, columns=self._columns)
+            # Whoever reads a run reads others beside it.
+            return self._opened.read_row_group(run.number, columns=self._columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
+            if isinstance(error, ShoalError):
+                raise
             raise InvalidRequest(f"row group {run.number} of {self._name} cannot be read: {error}") from error

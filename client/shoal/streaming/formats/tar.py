@@ -21,7 +21,8 @@ import pyarrow as pa
 from shoal.errors import InvalidRequest
 from shoal.streaming.formats.source import Extent
 
-RUN_BYTES = 1 << 20
+#: So that a picture is a run of its own, and is read by whoever wants it and by nobody else.
+RUN_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,201 @@
+"""Loads what steps want before they come: the plan is the future, so what is loaded ahead is exact, never guessed.
+
+Steps are begun as far ahead as the bytes that they want fit into the window. What one of them wants stays. A whole run
+that none wants yet stays as long as there is room, the least recently used going first, because the shuffle brings it
+back within its own window; what no other step can want goes at once.
+
+The rule: the bytes held and on their way stay within the limit, except that the step that is due is always loaded.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import pyarrow as pa
+
+from shoal import provenance
+from shoal.streaming.plan import Reads
+from shoal.streaming.runs import Loaded, Want
+from shoal.streaming.waits import Trace, Waits, shares_of
+from shoal.threads import Threads
+
+#: Loads under way.
+THREADS = 8
+#: Steps planned ahead at most: where everything is at hand the window would never be full.
+MAX_STEPS = 64
+#: Whoever waits for a load looks up so often whether anybody waits for the step.
+LOOK_UP_S = 1.0
+#: What is loaded together goes up to so many, and so many bytes.
+GROUP_WANTS, GROUP_BYTES = 256, 8 << 20
+
+
+class Loader(Protocol):
+    """Loads what is wanted (`shoal.streaming.runs.Runs`). `load` runs in threads."""
+
+    def wants(self, reads: Reads) -> list[Want]: ...
+
+    def bytes_of(self, want: Want) -> int: ...
+
+    def is_shared(self, want: Want) -> bool: ...
+
+    def is_batched(self, want: Want) -> bool: ...
+
+    def load(self, wants: Sequence[Want], trace: Trace) -> list[Loaded]: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """What is loaded, or on its way: `future` gives its group, of which it is number `place`."""
+
+    future: Future[list[Loaded]]
+    place: int
+    trace: Trace
+    held_bytes: int
+
+
+class LookAhead:
+    """The steps of an iterator, each with what it wants loaded. For one consumer thread.
+
+    Args:
+        steps: in the order in which they are consumed.
+        limit_bytes: held and on their way.
+        check: raises where nobody wants the steps any more.
+    """
+
+    def __init__(
+        self,
+        steps: Iterator[Reads],
+        loader: Loader,
+        limit_bytes: int,
+        waits: Waits,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._steps, self._loader, self._limit_bytes, self._waits = steps, loader, limit_bytes, waits
+        self._check = check
+        self._next: tuple[Reads, list[Want]] | None = None  # planned, and not begun for want of room
+        self._begun: deque[tuple[Reads, list[Want]]] = deque()
+        self._needs: Counter[Want] = Counter()  # by how many of the begun steps want it
+        self._loads: OrderedDict[Want, _Load] = OrderedDict()
+        self._lock = threading.Lock()  # guards held_bytes, and that of each load
+        self.held_bytes = 0
+        self._threads = Threads(THREADS, "shoal-stream")
+
+    def __iter__(self) -> Iterator[tuple[Reads, dict[Want, pa.Table]]]:
+        return self
+
+    def __next__(self) -> tuple[Reads, dict[Want, pa.Table]]:
+        """The next step and what it wants. Raises what a load raised; then there is nothing more to have."""
+        self._begin()
+        if not self._begun:
+            raise StopIteration
+        reads, wants = self._begun[0]
+        tables = {want: self._await(want) for want in wants}
+        self._begun.popleft()
+        for want in wants:
+            self._needs[want] -= 1
+            if self._needs[want]:
+                continue
+            del self._needs[want]
+            if self._loader.is_shared(want):
+                self._loads.move_to_end(want)
+            else:
+                self._forget(want)
+        self._begin()
+        return reads, tables
+
+    def close(self) -> None:
+        """Let go of what is loaded; loads under way end by themselves."""
+        self._threads.close()
+        self._loads.clear()
+        self._begun.clear()
+
+    def _await(self, want: Want) -> pa.Table:
+        load = self._loads[want]
+        if not load.future.done():
+            begin = time.perf_counter()
+            while concurrent.futures.wait([load.future], LOOK_UP_S).not_done:
+                self._check()
+            self._waits.waited(begin, time.perf_counter(), load.trace)
+        return load.future.result()[load.place].table
+
+    def _begin(self) -> None:
+        """Begin the loads of as many steps as there is room for."""
+        while len(self._begun) < MAX_STEPS:
+            if self._next is None:
+                reads = next(self._steps, None)
+                if reads is None:
+                    return
+                self._next = reads, self._loader.wants(reads)
+            reads, wants = self._next
+            new = [want for want in wants if want not in self._loads]
+            if not self._make_room(sum(map(self._loader.bytes_of, new)), set(wants)) and self._begun:
+                return
+            self._next = None
+            for group in self._groups(new):
+                self._submit(group)
+            self._needs.update(wants)
+            self._begun.append((reads, wants))
+
+    def _make_room(self, wanted_bytes: int, kept: set[Want]) -> bool:
+        """Drop what no begun step wants, until so many more bytes fit; False: they do not."""
+        if self.held_bytes + wanted_bytes > self._limit_bytes and len(self._loads) > len(self._needs):
+            for want in [want for want in self._loads if want not in self._needs and want not in kept]:
+                self._forget(want)
+                if self.held_bytes + wanted_bytes <= self._limit_bytes:
+                    break
+        return self.held_bytes + wanted_bytes <= self._limit_bytes
+
+    def _forget(self, want: Want) -> None:
+        load = self._loads.pop(want)
+        with self._lock:
+            self.held_bytes -= load.held_bytes
+            load.held_bytes = 0
+
+    def _groups(self, wants: list[Want]) -> Iterator[list[Want]]:
+        group: list[Want] = []
+        size_bytes = 0
+        for want in wants:
+            if not self._loader.is_batched(want):
+                yield [want]
+                continue
+            more = self._loader.bytes_of(want)
+            if group and (len(group) == GROUP_WANTS or size_bytes + more > GROUP_BYTES):
+                yield group
+                group, size_bytes = [], 0
+            group.append(want)
+            size_bytes += more
+        if group:
+            yield group
+
+    def _submit(self, group: list[Want]) -> None:
+        trace = Trace()
+        future: Future[list[Loaded]] = Future()
+        loads = [_Load(future, place, trace, self._loader.bytes_of(want)) for place, want in enumerate(group)]
+        with self._lock:
+            self.held_bytes += sum(load.held_bytes for load in loads)
+        self._loads.update(zip(group, loads, strict=True))
+        self._threads.submit(self._run, group, loads, future, trace)
+
+    def _run(self, group: list[Want], loads: list[_Load], future: Future[list[Loaded]], trace: Trace) -> None:
+        """In a thread."""
+        begin = time.perf_counter()
+        try:
+            with provenance.observed() as seen:
+                loaded = self._loader.load(group, trace)
+        except BaseException as error:  # noqa: BLE001 - told to the consumer, whatever it is
+            future.set_exception(error)
+            return
+        trace.reading(begin, time.perf_counter(), shares_of(seen))
+        with self._lock:
+            for load, each in zip(loads, loaded, strict=True):
+                if load.held_bytes:  # else it was forgotten meanwhile
+                    self.held_bytes += each.held_bytes - load.held_bytes
+                    load.held_bytes = each.held_bytes
+        future.set_result(loaded)
