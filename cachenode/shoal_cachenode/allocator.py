@@ -17,7 +17,7 @@ import pyarrow as pa
 #: for each other for less than they wait for Python's own lock.
 ARENAS = 2
 #: Pages that are given back are faulted in again by the next burst, so not more often.
-INTERVAL_S = 30.0
+INTERVAL_S = 10.0
 
 _M_ARENA_MAX = -8  # mallopt(3)
 _library = ctypes.CDLL(None)
@@ -25,14 +25,17 @@ _trim = getattr(_library, "malloc_trim", None)  # malloc_trim(3): glibc alone
 
 
 def share_arenas() -> None:
-    """Have all threads allocate from a few arenas. To be called before there are threads."""
+    """Have all threads allocate from a few arenas, and Arrow too. To be called before there are threads.
+
+    Arrow's own allocators keep free pages for each thread, and give back only those of the thread that asks.
+    """
     if _trim is not None:
         _library.mallopt(_M_ARENA_MAX, ARENAS)
+        pa.set_memory_pool(pa.system_memory_pool())
 
 
 def give_back() -> None:
     """Give free pages of all arenas back. Takes milliseconds, in which other threads may run."""
-    pa.default_memory_pool().release_unused()
     if _trim is not None:
         _trim(0)
 

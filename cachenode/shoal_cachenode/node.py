@@ -41,11 +41,13 @@ from shoal_cachenode.sealed_file import Damage
 from shoal_cachenode.source import Counter, FirstThatHasIt, Nobody, OriginSource, PeerSource, Source
 from shoal_cachenode.store import AlreadySealed, Store, StoreFull
 from shoal_cachenode.streams import Streams
-from shoal_cachenode.usage import SAVE_INTERVAL_S, Usage
+from shoal_cachenode.usage import Usage
 from shoal_cachenode.whereabouts import Whereabouts
 
 log = logging.getLogger(__name__)
 
+#: From one time to the next that what changed of the uses is written, and what nobody goes on with is dropped.
+HOUSEKEEPING_INTERVAL_S = 15.0
 #: Nodes that are asked for a shard they do not own, while it is not known who holds it: the next in order.
 FORMER_OWNERS_ASKED = 2
 #: The longest silence of a peer that answers probes: it may be waiting for a slow origin.
@@ -162,7 +164,7 @@ class CacheNode:
             lambda digest: self.library.knowledge.dataset_of(digest).record.replicas,
             lambda digest: digest in self.library.knowledge.snapshots(),
         )
-        self._keeping = asyncio.create_task(self._keep_usage())
+        self._keeping = asyncio.create_task(self._keep_house())
 
     @property
     def condition(self) -> str:
@@ -417,15 +419,10 @@ class CacheNode:
         """Fill a shard that was lost, where this node owns it: nobody waits for it. Failures are logged."""
         for served in self.library.knowledge.snapshots():
             await self.holdings_of(served)
-        place = self.inventory.place_of(key)
-        if place is None:
-            return
-        digest, ordinal = place
         try:
-            opened = await self.library.snapshot(digest)
-            table = opened.shard_table()
-            row, index = int(table.rows[ordinal]), int(table.indexes[ordinal])
-            spec = find_shard(self.library.knowledge.dataset_of(digest), opened, row, index)
+            spec = await self.spec_of(key)
+            if spec is None:
+                return
             order = self.order(spec)
             rank = self.rank(order)
             if rank is None or rank >= spec.dataset.record.replicas:
@@ -437,9 +434,31 @@ class CacheNode:
         except (ShoalError, StoreFull, DiskFailed, AlreadySealed) as error:
             log.warning("shard %s is not fetched again now: %s", key.hex(), error)
 
-    async def _keep_usage(self) -> None:
+    async def spec_of(self, key: Key) -> ShardSpec | None:
+        """Which shard of which snapshot a key is of, among those whose holdings are known; None: of none.
+
+        Raises:
+            ShoalError: the snapshot is not to be had now.
+        """
+        place = self.inventory.place_of(key)
+        if place is None:
+            return None
+        digest, ordinal = place
+        opened = await self.library.snapshot(digest)
+        table = opened.shard_table()
+        row, index = int(table.rows[ordinal]), int(table.indexes[ordinal])
+        return find_shard(self.library.knowledge.dataset_of(digest), opened, row, index)
+
+    async def _keep_house(self) -> None:
         while True:
-            await asyncio.sleep(SAVE_INTERVAL_S)
+            await asyncio.sleep(HOUSEKEEPING_INTERVAL_S)
+            try:
+                await self.room.drop_abandoned()
+            except ShoalError as error:
+                log.info("abandoned shards are dropped later: %s", error)
+            except Exception:
+                # One look's surprise must not end all later ones.
+                log.exception("abandoned shards are dropped later")
             try:
                 await asyncio.to_thread(self.usage.save)
             except OSError as error:

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 #: What peers said they hold may be so old when room is looked for: a shard is surplus once its owner has it.
 SURPLUS_KNOWN_S = 30.0
+#: A part of a shard that nobody has gone on with for so long, and that is another node's to go on with, is dropped.
+ABANDONED_AFTER_S = 60.0
 
 
 class Room:
@@ -99,6 +101,35 @@ class Room:
         missed = sum(size for step, size in found.items() if step >= Step.IDLE)
         unmissed = free_bytes + sum(found.values()) - missed
         return max(unmissed, min(unmissed + missed, self.allowance_bytes - node.usage.unread_bytes))
+
+    async def drop_abandoned(self) -> None:
+        """Drop partial shards that nobody goes on with, unless this node owns them: it may, when they are read next.
+
+        A fill is left over where its source failed, and the readers turned to the shard's owner meanwhile.
+        """
+        node = self._node
+        idle = await asyncio.to_thread(node.store.idle_partials, ABANDONED_AFTER_S)
+        if not idle or not node.library.knowledge.snapshots():
+            return
+        for digest in node.library.knowledge.snapshots():
+            if await node.holdings_of(digest) is None:
+                return  # without its listing nobody can say whose shards these are
+        for key in idle:
+            spec = await node.spec_of(key)
+            if spec is not None:
+                order = node.order(spec)
+                rank = node.rank(order)
+                if not order or (rank is not None and rank < spec.dataset.record.replicas):
+                    continue  # this node's; or there is no map now to say whose
+            try:
+                await node.disk.run(node.store.evict, key)
+            except DiskStalls:
+                return
+            except OSError as error:
+                node.disk.failed(error)
+                return
+            node.usage.forget(key)
+            log.info("what came of shard %s is dropped: nobody went on with it", key.hex())
 
     async def _states(self) -> tuple[DatasetState, ...] | None:
         """What retention must know of each dataset; None while the listing of one is not to be had."""

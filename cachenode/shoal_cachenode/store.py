@@ -34,6 +34,7 @@ import errno
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,6 +107,7 @@ class Store:
         self._touched: set[Key] = set()  # somebody wrote to their files since they were opened here
         self._verified: dict[Key, tuple[int, int]] = {}  # stamps of files whose attributes could not be written
         self._partials: dict[Key, PartialFile | None] = {}
+        self._idle_since: dict[Key, float] = {}  # of partial shards that no fill is working on
         self._leaving: dict[Key, threading.Event] = {}  # set when the file that is being unlinked is gone, or stays
         self._sealed_directory = directory / "shards"
         self._filling_directory = directory / "filling"
@@ -353,6 +355,7 @@ class Store:
         if not left_over and not self._ledger.reserve(key, size_bytes):
             raise StoreFull(f"{size_bytes} bytes do not fit into the {self._ledger.free_bytes} that are free")
         self._partials[key] = None
+        self._idle_since.pop(key, None)
         return left_over
 
     def _new(self, key: Key, path: Path, size_bytes: int) -> PartialFile:
@@ -386,6 +389,7 @@ class Store:
             return
         with self._lock:
             self._partials.pop(partial.key, None)
+            self._idle_since[partial.key] = time.monotonic()
         partial.close()
 
     def give_up(self, key: Key, path: Path, *, is_there: bool) -> None:
@@ -400,6 +404,7 @@ class Store:
                 self._forget_partial(key)
             with self._lock:
                 self._partials.pop(key, None)
+                self._idle_since[key] = time.monotonic()
             raise
         self._forget_partial(key)
 
@@ -429,15 +434,21 @@ class Store:
                 if is_gone:
                     self._touched.discard(key)
                     self._verified.pop(key, None)
+                    self._idle_since.pop(key, None)
                     freed = self._ledger.release(key)
                 del self._leaving[key]
             gone.set()
         return freed
 
-    def idle_partials(self) -> dict[Key, int]:
-        """Keys and reserved bytes of partial shards that no fill is working on."""
+    def idle_partials(self, for_s: float = 0.0) -> dict[Key, int]:
+        """Keys and reserved bytes of partial shards that no fill has been working on for so long."""
+        now = time.monotonic()
         with self._lock:
-            return {k: n for k, n in self._ledger.reserved.items() if k not in self._partials}
+            return {
+                key: size_bytes
+                for key, size_bytes in self._ledger.reserved.items()
+                if key not in self._partials and now - self._idle_since.get(key, now) >= for_s
+            }
 
     def close(self) -> None:
         """Close descriptors and leave the clean mark."""
@@ -482,6 +493,7 @@ class Store:
             path = self._filling_directory / key.hex()
             if not self.is_sealed(key) and _may_go_on(path, key, size_bytes):
                 self._ledger.adopt_reserved(key, size_bytes)
+                self._idle_since[key] = time.monotonic()
             else:
                 _remove_stray(path)
 

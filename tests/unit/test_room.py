@@ -14,10 +14,13 @@ import pytest
 from shoal import snapshot
 from shoal.cluster_map import ClusterMap
 from shoal.datasets import DatasetRecord
+from shoal.shards import Key
 from shoal.snapshot import Snapshot
 from shoal.wire.stream_post import StreamPost
-from shoal_cachenode import whereabouts
+from shoal_cachenode import room, whereabouts
 from shoal_cachenode.library import Knowledge, KnownDataset, find_shard
+from shoal_cachenode.node import CacheNode
+from shoal_cachenode.partial_file import PartialFile
 from shoal_cachenode.scheduler import Urgency
 from shoal_cachenode.store import StoreFull
 from tests.support.minicluster import MiniCluster
@@ -284,3 +287,38 @@ def test_prefetches_that_nobody_reads_push_out_only_their_allowance(node: Node) 
     assert (node.held("a"), node.held("b")) == (3, 5)
     node.read("b")
     assert (node.held("a"), node.held("b"), node.node.usage.unread_bytes) == (0, COUNT, 0), "a reader has no such bound"
+
+
+def test_what_nobody_goes_on_with_is_dropped_unless_this_node_owns_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "ABANDONED_AFTER_S", 0.2)
+    with MiniCluster(tmp_path, {f"o{n}": bytes(300) for n in range(20)}, nodes=2) as cluster:
+        node, opened = cluster.nodes[0], cluster.snapshot
+        cluster.run(node.holdings(opened))
+        keys = [opened.key(row) for row in range(len(opened))]
+        for key in (*keys, NO_SHARD := bytes(16)):
+            partial = node.store.begin(key, 300)
+            partial.write_part(0, bytes(64))
+            if key != keys[0]:
+                node.store.suspend(partial)
+        cluster.run(node.room.drop_abandoned())
+        assert len(node.store.reserved_sizes()) == 21, "somebody may go on with them yet"
+        time.sleep(0.25)
+        cluster.run(node.room.drop_abandoned())
+        placement = node.library.placement(opened, 1)
+        mine = {key for key, owned in zip(keys, placement.owned_by(node.id), strict=True) if owned}
+        assert 0 < len(mine) < 20
+        assert set(node.store.reserved_sizes()) == mine | {keys[0]}, "the fill that runs stays, whoever owns its shard"
+        assert NO_SHARD.hex() not in {path.name for path in (cluster.data_dir(0) / "filling").iterdir()}
+        node.store.suspend(partial_of(node, keys[0]))
+        cluster.publish(absent=(0,))  # this node drains, say: what it has begun is for others to go on with
+        time.sleep(0.25)
+        cluster.run(node.room.drop_abandoned())
+        assert node.store.reserved_bytes == 0
+
+
+def partial_of(node: CacheNode, key: Key) -> PartialFile:
+    partial = node.store._partials[key]
+    assert partial is not None
+    return partial

@@ -24,6 +24,8 @@ from pathlib import Path
 import click
 
 from shoal.errors import ShoalError
+from shoal_cachenode.node import HOUSEKEEPING_INTERVAL_S
+from shoal_cachenode.room import ABANDONED_AFTER_S
 from shoal_cachenode.shard_file import XATTR, ShardHeader
 from tests.faults.soak import report as report_module
 from tests.faults.soak.chaos import Chaos
@@ -158,7 +160,7 @@ def _left_behind(world: World) -> Iterator[str]:
             return True
 
         try:
-            wait_for(is_idle, 60.0)
+            wait_for(is_idle, ABANDONED_AFTER_S + 2 * HOUSEKEEPING_INTERVAL_S)
         except AssertionError as error:
             yield f"{node.name}: {error}"
         used = int(world.metrics(index)["shoal_node_used_bytes"])
