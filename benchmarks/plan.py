@@ -39,7 +39,6 @@ from shoal.placement import Placement
 from shoal.streaming import plan as plans
 from shoal.streaming.formats.source import Extent
 from shoal.streaming.index import Index
-from shoal.streaming.order import Order
 from shoal.streaming.plan import Homes, Plan
 from shoal.streaming.steps import Schedule
 
@@ -114,7 +113,7 @@ def shuffles(data: Data, python: str | None) -> list[dict[str, Any]]:
     file_lengths = np.full(data.files, data.batches * data.rows)
 
     def ours(window: int) -> Callable[[], Samples]:
-        return lambda: Order(index.samples, seed=7, epoch=0, window=window).samples(0, data.samples)
+        return lambda: plans.order_of(index, seed=7, epoch=0, window=window).samples(0, data.samples)
 
     contenders: dict[str, Callable[[], Samples]] = {
         "no shuffle": lambda: np.arange(data.samples),
@@ -156,7 +155,7 @@ def locality(data: Data, nodes: int, most_steps: int) -> dict[str, Any]:
     index = data.index()
     world_size = nodes * RANKS_PER_NODE
     homes = homes_of(index, data.files, nodes, world_size)
-    order = Order(index.samples, seed=7, epoch=0, window=plans.window_of(index))
+    order = plans.order_of(index, seed=7, epoch=0, window=plans.window_of(index))
     schedule = Schedule(data.samples, 0, BATCH_SIZE, world_size, drop_last=True)
     steps = min(schedule.steps, most_steps)
     placed, plain = Plan(index, order, schedule, homes), Plan(index, order, schedule, None)

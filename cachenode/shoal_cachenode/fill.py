@@ -2,6 +2,9 @@
 
 What is fetched next, of all fills of a node, is the scheduler's to say (`shoal_cachenode.scheduler`).
 
+A fill for readers brings in the part that one waits for, and then the rest. Where streams have said what they will read
+of the shard, they *lead* the fill: they say which part is next, and the rest comes when nothing nearer is to be done.
+
 The rule: a waiter never fetches. It asks its fill for a part and waits; whoever gives up waiting harms nobody else.
 """
 
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -28,6 +32,8 @@ log = logging.getLogger(__name__)
 WAKE_STRIDE = 1 << 20
 #: The longest that a reader waits for news of its part: shorter than its own patience, so that it is told why.
 NEWS_TIMEOUT_S = 45.0
+#: A part that is queued is queued anew where it turns out to be needed earlier by so much.
+SOONER_S = 0.5
 
 
 class NotNeeded(NotCached):
@@ -45,13 +51,8 @@ class Fill:
         scheduler: Scheduler,
         urgency: Urgency,
         first: int,
-        due: float = 0.0,
     ) -> None:
-        """Begin with part `first`; `budget` is that of the origin which `source` may ask.
-
-        Args:
-            due: when a stream needs the shard (`time.monotonic`), with `Urgency.NEED`.
-        """
+        """Begin with part `first`, for a stream with none. `budget` is that of the origin which `source` may ask."""
         self.partial = partial
         self.budget = budget
         self._loop = asyncio.get_running_loop()
@@ -67,21 +68,24 @@ class Fill:
         self._idle.set()
         self._missing = {part for part, known in enumerate(partial.header.checksums) if known is None}
         self._urgency_of_rest = max(urgency, Urgency.REST)
-        self._due = due
         #: Whether somebody beside streams wants the shard, and it is to be filled whatever becomes of them.
         self.is_kept = urgency is not Urgency.NEED
+        #: Called on the loop whenever a part is in.
+        self.on_arrived: Callable[[], None] = lambda: None
+        self._is_led = urgency is Urgency.NEED
+        self._dues: dict[int, float] = {}  # of the parts that are queued because streams need them
         self._has_begun = False
         self._queued: set[int] = set()
         self._wanted: deque[int] = deque()  # by readers, in their order
         self._rest = deque(sorted(self._missing))
         if urgency >= Urgency.NEED:
-            self._begin()
+            self._begin()  # for a stream nothing yet
         elif first in self._missing:
             self._push(urgency, first)
         elif self._missing:
             self._push(urgency, self._rest.popleft())
         if not self._missing:
-            scheduler.push(urgency, self, 0, due)  # a partial that crashed just before its seal: only that is left
+            scheduler.push(urgency, self, 0)  # a partial that crashed just before its seal: only that is left
 
     @property
     def key(self) -> Key:
@@ -104,9 +108,9 @@ class Fill:
         return self._source.needs_origin
 
     @property
-    def width(self) -> int:
-        """Parts that are being fetched, or wait for their turn."""
-        return len(self._queued)
+    def is_complete(self) -> bool:
+        """Whether every part is in."""
+        return not self._missing
 
     def is_awaited(self, part: int) -> bool:
         """Whether a reader waits for `part` now."""
@@ -116,16 +120,42 @@ class Fill:
         """Whether all of these parts are in."""
         return self._missing.isdisjoint(parts)
 
-    def join(self, urgency: Urgency, due: float) -> None:
-        """Somebody else asks for the shard: a stream says that it needs it, and when; or anybody for good."""
-        if urgency is not Urgency.NEED:
+    def join(self, urgency: Urgency) -> None:
+        """Somebody else asks for the shard: streams, which lead it from now on; or anybody for good."""
+        if urgency is Urgency.NEED:
+            self._is_led = True  # what is queued already stays
+        else:
             self.is_kept |= urgency is not Urgency.REBALANCE  # which would not ask the origin either
-            return
-        self._due = due  # for what is queued from now on: the rest is under way, or soon
-        if self._urgency_of_rest > Urgency.NEED:
-            self._urgency_of_rest = Urgency.NEED
-            for part in sorted(self._queued - self._in_flight):
-                self._push(Urgency.NEED, part)
+
+    def need(self, start: int, end: int, due: float) -> int:
+        """Streams need bytes [start, end) of the shard at `due` (`time.monotonic`); return `missing` parts of them."""
+        missing = self._missing_within(start, end)
+        for part in missing:
+            is_sooner = part not in self._dues or due < self._dues[part] - SOONER_S
+            if is_sooner and part not in self._in_flight:
+                self._dues[part] = due
+                self._push(Urgency.NEED, part, due)
+        return len(missing)
+
+    def missing(self, start: int, end: int) -> int:
+        """Parts of bytes [start, end) of the shard that are not in, or that go beyond these."""
+        return len(self._missing_within(start, end))
+
+    def _missing_within(self, start: int, end: int) -> list[int]:
+        size = self.partial.header.part_size
+        return [part for part in range(start // size, min(-(-end // size), self._part_count)) if part in self._missing]
+
+    def need_rest(self, due: float) -> int:
+        """As `need`, of the whole shard."""
+        return self.need(0, self.partial.header.size_bytes, due)
+
+    def let_go(self) -> None:
+        """No stream needs the shard any more: the rest comes for those who do, or no part that is not on its way."""
+        self._is_led = False
+        if self.is_kept:
+            self._feed()
+        elif not self.is_complete:
+            self.failed(NotNeeded("the streams that needed this shard are over: it is fetched when it is read"))
 
     def want(self, parts: range) -> None:
         """Bring these parts forward: a reader will wait for them, for the first one now."""
@@ -149,16 +179,20 @@ class Fill:
         """
         if not self._has_begun:
             return
-        present = len(self.partial.header.checksums) - len(self._missing)
-        while len(self._queued) < 2 + present and (self._wanted or self._rest):
+        present = self._part_count - len(self._missing)
+        while len(self._queued) < 2 + present and (self._wanted or (self._rest and not self._is_led)):
             queue, urgency = (self._wanted, Urgency.DEMAND) if self._wanted else (self._rest, self._urgency_of_rest)
             part = queue.popleft()
             if part in self._missing and part not in self._in_flight:
                 self._push(urgency, part)
 
-    def _push(self, urgency: Urgency, part: int) -> None:
+    @property
+    def _part_count(self) -> int:
+        return len(self.partial.header.checksums)
+
+    def _push(self, urgency: Urgency, part: int, due: float = 0.0) -> None:
         self._queued.add(part)
-        self._scheduler.push(urgency, self, part, self._due if urgency is Urgency.NEED else 0.0)
+        self._scheduler.push(urgency, self, part, due)
 
     async def available(self, part: int, beyond: int) -> int:
         """Wait until more than the first `beyond` bytes of `part` are in the file; return how many are.
@@ -264,9 +298,11 @@ class Fill:
         self._missing.discard(part)
         self._written.pop(part, None)
         self._queued.discard(part)
+        self._dues.pop(part, None)
         self._begin()
         self._feed()
         self._wake(part)
+        self.on_arrived()
 
     def _wake(self, part: int) -> None:
         self._begin()
@@ -358,14 +394,7 @@ class Fills:
             pass  # the loop has ended, and with it the fills
 
     async def join(
-        self,
-        key: Key,
-        size_bytes: int,
-        source: Source,
-        budget: OriginBudget,
-        urgency: Urgency,
-        first: int,
-        due: float = 0.0,
+        self, key: Key, size_bytes: int, source: Source, budget: OriginBudget, urgency: Urgency, first: int
     ) -> Fill:
         """The fill of `key`: the one that runs, or a new one that begins with part `first`.
 
@@ -377,24 +406,16 @@ class Fills:
             await asyncio.shield(self._watchers[key])  # a failure is the answer to those who waited, not to newcomers
         task = self._fills.get(key)
         if task is None:
-            task = self._fills[key] = asyncio.create_task(
-                self._begin(key, size_bytes, source, budget, urgency, first, due)
+            make = functools.partial(
+                Fill, source=source, budget=budget, scheduler=self._scheduler, urgency=urgency, first=first
             )
+            task = self._fills[key] = asyncio.create_task(self._begin(key, size_bytes, make))
             task.add_done_callback(lambda t: t.cancelled() or t.exception())  # all who asked may have left
         fill = await asyncio.shield(task)
-        fill.join(urgency, due)
+        fill.join(urgency)
         return fill
 
-    async def _begin(
-        self,
-        key: Key,
-        size_bytes: int,
-        source: Source,
-        budget: OriginBudget,
-        urgency: Urgency,
-        first: int,
-        due: float,
-    ) -> Fill:
+    async def _begin(self, key: Key, size_bytes: int, make: Callable[[PartialFile], Fill]) -> Fill:
         try:
             if self._store.begin_blocks(key):
                 partial = await asyncio.to_thread(self._store.begin, key, size_bytes)
@@ -405,7 +426,7 @@ class Fills:
             if isinstance(error, OSError):
                 raise DiskFailed(str(error)) from error
             raise
-        fill = self._running[key] = Fill(partial, source, budget, self._scheduler, urgency, first, due)
+        fill = self._running[key] = make(partial)
         self._watchers[key] = asyncio.create_task(self._watch(fill))
         return fill
 

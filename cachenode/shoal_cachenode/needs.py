@@ -1,7 +1,7 @@
 """What running streams will read of a node's shards, and when; and which of it is to be on its way now. Pure.
 
 Every stream says anew, once a second or so, what it needs of this node and when (`shoal.wire.stream_post`). Over all
-streams a shard is needed when the first of them needs it, and shards are filled in that order.
+streams a part of a shard is needed when the first of them needs it, and parts are fetched in that order.
 
 The rule: what a stream said last is all that it needs, and one that says nothing for `SILENCE_S` needs nothing. So a
 trainer that was killed leaves nothing behind.
@@ -37,11 +37,12 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A shard that is not sealed here, and when the first stream needs it (`time.monotonic`)."""
+    """A part of a shard that is not sealed here, and when the first stream needs it (`time.monotonic`)."""
 
     due: float
     digest: str
     ordinal: int
+    part: int
 
     @property
     def place(self) -> Place:
@@ -53,13 +54,14 @@ class Stream:
     """What one stream said last.
 
     Attributes:
-        ordinals: shards of the snapshot that it needs of this node, each once. Shape (n,).
+        ordinals, parts: of the snapshot's shards what it needs of this node, each part once. Shapes (n,).
         dues: when, ascending. Shape (n,).
         heard_at: when it said so.
     """
 
     digest: str
     ordinals: Ordinals
+    parts: Ordinals
     dues: Times
     heard_at: float
 
@@ -87,7 +89,7 @@ class Streams:
         count = self._need_count + len(stream.ordinals) - (len(before.ordinals) if before is not None else 0)
         if count > MAX_NEEDS or (before is None and len(self._streams) >= MAX_STREAMS):
             raise Overloaded(
-                f"this node knows of {len(self._streams)} streams that need {self._need_count} shards of it, and of no "
+                f"this node knows of {len(self._streams)} streams that need {self._need_count} parts of it, and of no "
                 "more: read without telling it, or again in a moment"
             )
         self._streams[stream_id], self._need_count = stream, count
@@ -141,7 +143,7 @@ class Outlook:
 
 
 def outlook(streams: Iterable[Stream], holdings: Mapping[str, Holdings], *, count: int = NEAREST) -> Outlook:
-    """Put together what streams need, each shard at the earliest time that any of them says.
+    """Put together what streams need, each part at the earliest time that any of them says.
 
     Args:
         holdings: of the streams' snapshots; streams over others are left out.
@@ -156,54 +158,48 @@ def outlook(streams: Iterable[Stream], holdings: Mapping[str, Holdings], *, coun
     missing_bytes = missing_count = 0
     for digest, members in by_digest.items():
         held, sizes = holdings[digest].held, holdings[digest].table.sizes
-        ordinals, dues = next_uses(members)
+        ordinals, parts, dues = next_uses(members)
         masks[digest] = mask = np.zeros(len(held), np.bool_)
         mask[ordinals] = True
+        missing_bytes += int(sizes[mask & ~held].sum())
         is_missing = ~held[ordinals]
-        ordinals, dues = ordinals[is_missing], dues[is_missing]
-        missing_bytes += int(sizes[ordinals].sum())
+        ordinals, parts, dues = ordinals[is_missing], parts[is_missing], dues[is_missing]
         missing_count += len(ordinals)
-        near = zip(dues[:count].tolist(), ordinals[:count].tolist(), strict=True)
-        found += [Need(due, digest, ordinal) for due, ordinal in near]
-    found.sort(key=lambda need: (need.due, need.digest, need.ordinal))
+        near = zip(dues[:count].tolist(), ordinals[:count].tolist(), parts[:count].tolist(), strict=True)
+        found += [Need(due, digest, ordinal, part) for due, ordinal, part in near]
+    found.sort(key=lambda need: (need.due, need.digest, need.ordinal, need.part))
     return Outlook(found[:count], missing_count <= count, masks, missing_bytes)
 
 
-def next_uses(streams: Iterable[Stream]) -> tuple[Ordinals, Times]:
-    """The shards that streams over one snapshot need, and when the first of them does; in that order, each once."""
+def next_uses(streams: Iterable[Stream]) -> tuple[Ordinals, Ordinals, Times]:
+    """What streams over one snapshot need, shard and part, and when the first of them does; in that order, once."""
     members = list(streams)
     ordinals = np.concatenate([stream.ordinals for stream in members])
+    parts = np.concatenate([stream.parts for stream in members])
     dues = np.concatenate([stream.dues for stream in members])
-    order = np.lexsort((ordinals, dues))
-    _, firsts = np.unique(ordinals[order], return_index=True)
+    order = np.lexsort((parts, ordinals, dues))
+    _, firsts = np.unique(ordinals[order] << 32 | parts[order], return_index=True)
     chosen = order[np.sort(firsts)]
-    return ordinals[chosen], dues[chosen]
+    return ordinals[chosen], parts[chosen], dues[chosen]
 
 
-def to_begin(
-    nearest: Iterable[Need], under_way: Mapping[Place, int], width: Callable[[Need], int | None], *, parts: int
-) -> tuple[list[Need], bool]:
-    """Which fills to begin, so that the nearest needs keep `parts` fetches busy; and whether more would be welcome.
+def to_fetch(nearest: Iterable[Need], width: Callable[[Need], int], *, fetches: int) -> tuple[list[Need], int]:
+    """The nearest needs that keep so many fetches busy; and how many more fetches would be welcome.
 
-    A need that came late and is near is begun although those after it have fetches enough: theirs yield to it.
+    A need that came late and is near is among them although those after it are on their way: theirs yield to it.
 
     Args:
-        under_way: fills that were begun for needs, and the parts that each of them has queued or in flight.
-        width: how many parts a fill queues when it begins; None: it is not to begin now.
+        width: how many fetches a need takes: 0 where all of it is here, or it is not to be fetched now.
     """
     chosen: list[Need] = []
     for need in nearest:
-        if parts <= 0:
-            return chosen, False
-        present = under_way.get(need.place)
-        if present is not None:
-            parts -= present
-            continue
+        if fetches <= 0:
+            break
         wide = width(need)
-        if wide is not None:
+        if wide:
             chosen.append(need)
-            parts -= wide
-    return chosen, parts > 0
+            fetches -= wide
+    return chosen, max(0, fetches)
 
 
 def pause_s(failures: int) -> float:

@@ -336,12 +336,8 @@ class CacheNode:
         urgency: Urgency,
         start: int = 0,
         avoid: frozenset[str] = shard_client.NOBODY,
-        due: float = 0.0,
     ) -> Fill:
         """The one fill of a shard, with room made for it; a new one begins with the part that byte `start` is in.
-
-        Args:
-            due: when a stream needs it (`time.monotonic`), with `Urgency.NEED`.
 
         Raises:
             AlreadySealed: another fill was faster.
@@ -355,7 +351,7 @@ class CacheNode:
             raise DiskFailed(self.disk.fault)
         running = self.fills.running(spec.key)
         if running is not None:
-            running.join(urgency, due)
+            running.join(urgency)
             return running
         is_move = urgency is Urgency.REBALANCE
         await self.whereabouts.settle(spec.snapshot.digest)
@@ -366,19 +362,19 @@ class CacheNode:
         first = start // self.config.part_size
         is_new = not self.store.has_partial(spec.key)
         try:
-            fill = await self._join(spec, source, urgency, first, due)
+            fill = await self._join(spec, source, urgency, first)
         except StoreFull:
             if not await self.room.make(spec, urgency):
                 raise
-            fill = await self._join(spec, source, urgency, first, due)
+            fill = await self._join(spec, source, urgency, first)
         if urgency is Urgency.PREFETCH and is_new:
             self.usage.prefetched(spec.key, spec.size_bytes)
         fill.sealed.add_done_callback(functools.partial(self._on_filled, spec.key))
         return fill
 
-    async def _join(self, spec: ShardSpec, source: Source, urgency: Urgency, first: int, due: float) -> Fill:
+    async def _join(self, spec: ShardSpec, source: Source, urgency: Urgency, first: int) -> Fill:
         budget = self.budget_of(spec.dataset.record.name)
-        joining = self.fills.join(spec.key, spec.size_bytes, source, budget, urgency, first, due)
+        joining = self.fills.join(spec.key, spec.size_bytes, source, budget, urgency, first)
         if not self.store.begin_blocks(spec.key):
             return await joining
         try:  # what an earlier fill left is read first, and what is being removed is waited for

@@ -2,8 +2,9 @@
 
     1. a post comes (docs/wire.md, "Streams"): what the stream needs now takes the place of what it needed before
     2. over all streams, what is missing here is put in the order of its next use (`shoal_cachenode.needs`)
-    3. the nearest shards are filled, as many as keep the fetches busy; readers who wait go first, prefetches last
-    4. what fails is logged, and tried again later: the reader who comes for it is told why
+    3. the nearest parts are fetched, as many as keep the fetches busy; readers who wait go first, prefetches last
+    4. where that leaves fetches idle, or too many shards have been begun, the rest of these comes too
+    5. what fails is logged, and tried again later: the reader who comes for it is told why
 
 The dataset of a stream that posts is in use, and none of the shards that it will read is dropped.
 
@@ -19,12 +20,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shoal.errors import InvalidRequest, NotCached, ShoalError, SnapshotNotFound
+from shoal.shards import PART_SIZE
 from shoal.wire.stream_post import Cause, StreamPost
 from shoal_cachenode import needs, whereabouts
 from shoal_cachenode.fill import Fill, NotNeeded
@@ -44,30 +46,47 @@ log = logging.getLogger(__name__)
 SETTLE_S = 0.05
 #: Where there is no room for one shard of a dataset, or the drive is sick, no other one is tried for so long.
 PAUSE_S = 5.0
-#: Parts that fills for needs may have queued, for each fetch: one under way, and one that comes next.
+#: Parts that may be queued for needs, for each fetch: one under way, and one that comes next.
 PARTS_A_FETCH = 2
-#: Parts that a fill queues when it begins.
-FIRST_PARTS = 2
+#: Shards that may be under way for streams: each has a file open, and none of them is safe until all of it is here.
+MOST_FILLS = 1024
+#: What no stream needs of a shard any more goes behind what streams need until then.
+REST_IN_S = 10.0
 
 
 @dataclass(slots=True)
 class _UnderWay:
-    """A shard that is being filled for streams; `fill` is None until there is one."""
+    """A shard that is being filled for streams.
+
+    Attributes:
+        fill: None until there is one.
+        dues: the parts that were needed of it before that, and when.
+    """
 
     task: asyncio.Task[None] | None = None
     fill: Fill | None = None
+    dues: dict[int, float] = field(default_factory=dict)
     is_over: bool = False
 
-    @property
-    def parts(self) -> int:
-        return self.fill.width if self.fill is not None else FIRST_PARTS
+    def need(self, part: int, due: float) -> None:
+        if self.fill is None:
+            self.dues[part] = due
+        else:
+            self.fill.need(*_bytes_of(part), due)
+
+    def begun(self, fill: Fill) -> None:
+        """There is a fill."""
+        self.fill = fill
+        for part, due in self.dues.items():
+            fill.need(*_bytes_of(part), due)
+        if self.is_over:
+            fill.let_go()
 
     def end(self) -> None:
-        """Nobody needs it any more: let the part that is under way run out, unless others wait for the shard too."""
+        """Nobody needs it any more: let the parts that are under way run out, unless others wait for the shard too."""
         self.is_over = True
-        fill = self.fill
-        if fill is not None and not fill.is_kept and fill.width:
-            fill.failed(NotNeeded("the streams that needed this shard are over: it is fetched when it is read"))
+        if self.fill is not None:
+            self.fill.let_go()
 
 
 class Streams:
@@ -127,8 +146,8 @@ class Streams:
         opened = await node.library.snapshot(digest)
         now = self._clock()
         ordinals, is_owned = await asyncio.to_thread(self._look_up, known, opened, holdings, post)
-        dues = now + post.in_ms[is_owned] / 1000
-        self._running.hear(stream_id, Stream(digest, ordinals[is_owned], dues, now))
+        parts, dues = post.parts[is_owned].astype(np.int64), now + post.in_ms[is_owned] / 1000
+        self._running.hear(stream_id, Stream(digest, ordinals[is_owned], parts, dues, now))
         self._wake()
         self._add_waits(post)
         return whereabouts.pack(holdings.held[ordinals])
@@ -156,6 +175,13 @@ class Streams:
             place = int(np.argmax(wrong))
             raise InvalidRequest(
                 f"row {post.rows[place]} of snapshot {opened.digest} has no shard {post.indexes[place]}, or is none"
+            )
+        outside = post.parts.astype(np.int64) * PART_SIZE >= np.maximum(table.sizes[ordinals], 1)
+        if outside.any():
+            place = int(np.argmax(outside))
+            raise InvalidRequest(
+                f"shard {post.indexes[place]} of row {post.rows[place]} has no part {post.parts[place]}: it has "
+                f"{table.sizes[ordinals[place]]} bytes"
             )
         placement = self._node.library.placement(opened, known.record.replicas)
         return ordinals, placement.owned_by(self._node.id, ordinals)
@@ -210,31 +236,50 @@ class Streams:
             for place, under_way in self._under_way.items():
                 if not self._outlook.needs(place):
                     under_way.end()
-        self._begin_nearest()
+        self._fetch_nearest()
 
-    def _begin_nearest(self) -> None:
+    def _fetch_nearest(self) -> None:
         now, known = self._clock(), self._node.inventory.known()
-        for need in self._outlook.nearest:
-            under_way = self._under_way.get(need.place)
+
+        def width(need: Need) -> int:
+            under_way, holdings = self._under_way.get(need.place), known.get(need.digest)
+            start, end = _bytes_of(need.part)
             if under_way is not None and under_way.fill is not None:
-                under_way.fill.join(Urgency.NEED, need.due)
+                return under_way.fill.missing(start, end)
+            if holdings is None or holdings.held[need.ordinal]:
+                return 0
+            if under_way is None:
+                name = self._node.library.knowledge.dataset_of(need.digest).record.name
+                may_begin_at = max(self._failures.get(need.place, (0, 0.0))[1], self._paused_until.get(name, 0.0))
+                if may_begin_at > now or len(self._under_way) >= MOST_FILLS:
+                    return 0
+            return -(-(min(end, int(holdings.table.sizes[need.ordinal])) - start) // self._node.config.part_size)
 
-        def width(need: Need) -> int | None:
-            holdings = known.get(need.digest)
-            if holdings is None or holdings.held[need.ordinal] or self._failures.get(need.place, (0, 0.0))[1] > now:
-                return None
-            name = self._node.library.knowledge.dataset_of(need.digest).record.name
-            if self._paused_until.get(name, 0.0) > now:
-                return None
-            return min(FIRST_PARTS, -(-int(holdings.table.sizes[need.ordinal]) // self._node.config.part_size))
-
-        parts = PARTS_A_FETCH * self._node.config.fetches
-        queued = {place: each.parts for place, each in self._under_way.items()}
-        chosen, self._is_short = needs.to_begin(self._outlook.nearest, queued, width, parts=parts)
+        fetches = PARTS_A_FETCH * self._node.config.fetches
+        chosen, left = needs.to_fetch(self._outlook.nearest, width, fetches=fetches)
+        self._is_short = left > 0
         for need in chosen:
-            under_way = self._under_way[need.place] = _UnderWay()
-            known_dataset = self._node.library.knowledge.dataset_of(need.digest)
-            under_way.task = asyncio.create_task(self._fill(known_dataset, need, under_way))
+            under_way = self._under_way.get(need.place)
+            if under_way is None and len(self._under_way) < MOST_FILLS:
+                under_way = self._under_way[need.place] = _UnderWay()
+                known_dataset = self._node.library.knowledge.dataset_of(need.digest)
+                under_way.task = asyncio.create_task(self._fill(known_dataset, need, under_way))
+            if under_way is not None:
+                under_way.need(need.part, need.due)
+        self._fetch_rest(left)
+
+    def _fetch_rest(self, fetches: int) -> None:
+        """Have so many fetches bring in the rest of shards that have been begun, and of those that are in the way."""
+        begun = [each.fill for each in self._under_way.values() if each.fill is not None]
+        for fill in begun[: len(begun) + 1 - MOST_FILLS] if len(self._under_way) >= MOST_FILLS else ():
+            fill.need_rest(self._clock())
+        for place, each in self._under_way.items():
+            if each.fill is not None and not self._outlook.needs(place):
+                each.fill.need_rest(self._clock() + REST_IN_S)
+        for fill in begun:
+            if fetches <= 0:
+                break
+            fetches -= fill.need_rest(math.inf)
 
     async def _fill(self, known: KnownDataset, need: Need, under_way: _UnderWay) -> None:
         node, place = self._node, need.place
@@ -245,9 +290,9 @@ class Streams:
             rank = node.rank(order)
             if rank is None or rank >= known.record.replicas:
                 raise NotCached("another node owns it now")
-            fill = under_way.fill = await node.fill(spec, order, Urgency.NEED, due=need.due)
-            if under_way.is_over:
-                under_way.end()
+            fill = await node.fill(spec, order, Urgency.NEED)
+            fill.on_arrived = self._changed.set
+            under_way.begun(fill)
             await asyncio.shield(fill.sealed)
             node.inventory.sealed(spec.key)  # it may be known here later than to those who wait for the fill
             self._failures.pop(place, None)
@@ -267,6 +312,11 @@ class Streams:
         finally:
             del self._under_way[place]
             self._changed.set()
+
+
+def _bytes_of(part: int) -> tuple[int, int]:
+    """Of a shard, where it is long enough."""
+    return part * PART_SIZE, (part + 1) * PART_SIZE
 
 
 def _spec(known: KnownDataset, opened: Snapshot, ordinal: int) -> ShardSpec:

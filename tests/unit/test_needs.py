@@ -39,13 +39,30 @@ def holdings(*held: int, first: int = 0) -> Holdings:
     return found
 
 
-def stream(digest: str, *uses: tuple[int, float], heard_at: float = 0.0) -> Stream:
+def stream(digest: str, *uses: tuple[int, float], part: int = 0, heard_at: float = 0.0) -> Stream:
     ordinals, dues = zip(*uses, strict=True) if uses else ((), ())
-    return Stream(digest, np.array(ordinals, np.int64), np.array(dues, np.float64), heard_at)
+    parts = np.full(len(uses), part)
+    return Stream(digest, np.array(ordinals, np.int64), parts, np.array(dues, np.float64), heard_at)
 
 
 def places(found: needs.Outlook) -> list[tuple[str, int, float]]:
     return [(need.digest, need.ordinal, need.due) for need in found.nearest]
+
+
+def test_parts_of_a_shard_are_needed_each_at_its_time() -> None:
+    streams = [
+        stream(A, (3, 10.0), (1, 20.0)),
+        stream(A, (3, 5.0), (1, 30.0), part=2),
+        stream(A, (3, 7.0), part=2),
+    ]
+    found = needs.outlook(streams, {A: holdings()})
+    assert [(need.ordinal, need.part, need.due) for need in found.nearest] == [
+        (3, 2, 5.0),
+        (3, 0, 10.0),
+        (1, 0, 20.0),
+        (1, 2, 30.0),
+    ]
+    assert found.missing_bytes == 13 + 11, "of each shard once"
 
 
 def test_the_next_use_over_all_streams_decides_and_a_shard_counts_once() -> None:
@@ -73,25 +90,18 @@ def test_streams_over_snapshots_that_are_not_here_are_left_out() -> None:
     assert places(needs.outlook([stream(A, (0, 1.0))], {})) == []
 
 
-def test_as_many_fills_as_keep_the_fetches_busy() -> None:
-    queue = [Need(float(n), A, n) for n in range(8)]
+def test_as_much_as_keeps_the_fetches_busy() -> None:
+    queue = [Need(float(n), A, n // 2, n % 2) for n in range(8)]
 
-    def chosen(under_way: dict[int, int], parts: int, but: int = -1) -> tuple[list[int], bool]:
-        begun, is_short = needs.to_begin(
-            queue,
-            {(A, ordinal): width for ordinal, width in under_way.items()},
-            lambda need: None if need.ordinal == but else 2,
-            parts=parts,
-        )
-        return [need.ordinal for need in begun], is_short
+    def chosen(widths: dict[int, int], fetches: int) -> tuple[list[float], int]:
+        found, left = needs.to_fetch(queue, lambda need: widths.get(int(need.due), 2), fetches=fetches)
+        return [need.due for need in found], left
 
-    assert chosen({}, 6) == ([0, 1, 2], False)
-    assert chosen({0: 6}, 6) == ([], False), "one that has widened is enough"
-    assert chosen({0: 1, 1: 1}, 6) == ([2, 3], False)
-    assert chosen({0: 0, 1: 0}, 4) == ([2, 3], False), "what is only to be sealed fetches nothing"
-    assert chosen({4: 6}, 6) == ([0, 1, 2], False), "what came late and is needed first begins at once"
-    assert chosen({}, 6, but=1) == ([0, 2, 3], False)
-    assert chosen({}, 100) == (list(range(8)), True)
+    assert chosen({}, 6) == ([0, 1, 2], 0)
+    assert chosen({0: 1, 1: 1}, 6) == ([0, 1, 2, 3], 0)
+    assert chosen({0: 0, 2: 0}, 4) == ([1, 3], 0), "what is here, or not to be fetched now, takes none"
+    assert chosen({}, 5) == ([0, 1, 2], 0), "rather one more than one that is idle"
+    assert chosen({}, 100) == (list(range(8)), 84)
 
 
 def test_what_a_stream_says_takes_the_place_of_what_it_said() -> None:
@@ -149,10 +159,13 @@ def test_pauses_between_attempts_grow_and_end() -> None:
 def test_each_node_is_told_its_nearest_shards() -> None:
     ordinals = np.array([5, 1, 4, 1, 3, 2])
     in_s = np.array([3.0, 9.0, -1.0, 2.0, 1.0, 1e9])
-    found = shares(ordinals, in_s, np.array([0, 1, 0, 1, 0, 1]), count=2)
+    parts = np.zeros(6, np.int64)
+    found = shares(ordinals, parts, in_s, np.array([0, 1, 0, 1, 0, 1]), count=2)
     told = {share.node: (share.ordinals.tolist(), share.in_s.tolist()) for share in found}
     assert told == {0: ([4, 3], [0.0, 1.0]), 1: ([1], [2.0])}, "2 is needed in thirty years"
-    assert shares(ordinals[:0], in_s[:0], ordinals[:0], count=2) == []
+    assert shares(ordinals[:0], parts[:0], in_s[:0], ordinals[:0], count=2) == []
+    of_one = shares(np.full(3, 5), np.array([1, 0, 1]), np.array([3.0, 2.0, 1.0]), np.zeros(3, np.int64), count=9)
+    assert [(share.parts.tolist(), share.in_s.tolist()) for share in of_one] == [([1, 0], [1.0, 2.0])]
 
 
 def test_a_node_that_has_everything_hears_less_often() -> None:
@@ -164,16 +177,16 @@ def test_a_node_that_has_everything_hears_less_often() -> None:
     assert next_post_in_s(times[:0], yes[:0], is_all=True) == LONGEST_INTERVAL_S
 
 
-def post(*needs: tuple[int, int, int], waits: tuple[Wait, ...] = (), is_leaving: bool = False) -> StreamPost:
-    columns = np.array(needs, np.uint32).reshape(-1, 3).T
+def post(*needs: tuple[int, int, int, int], waits: tuple[Wait, ...] = (), is_leaving: bool = False) -> StreamPost:
+    columns = np.array(needs, np.uint32).reshape(-1, 4).T
     return StreamPost(*columns, waits, is_leaving)
 
 
 def test_a_post_comes_as_it_was_sent() -> None:
     waits = (Wait(Cause.ORIGIN, "0123456789ab", 1.5), Wait(Cause.DECODE, "", 0.000001))
-    sent = post((0, 0, 0), (7, 3, 0), (2**32 - 1, 1, 5000), waits=waits)
+    sent = post((0, 0, 0, 0), (7, 3, 9, 0), (7, 3, 8, 0), (2**32 - 1, 1, 0, 5000), waits=waits)
     found = stream_post.decode(stream_post.encode(sent))
-    for name in ("rows", "indexes", "in_ms"):
+    for name in ("rows", "indexes", "parts", "in_ms"):
         assert getattr(found, name).tolist() == getattr(sent, name).tolist()
     assert (found.waits, found.is_leaving) == (waits, False)
     assert stream_post.decode(stream_post.encode(post(is_leaving=True))).is_leaving
@@ -182,11 +195,11 @@ def test_a_post_comes_as_it_was_sent() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (post((0, 0, 5), (1, 0, 4)), "sorted"),
-        (post((0, 0, stream_post.MAX_AHEAD_MS + 1)), "ahead"),
-        (post((4, 1, 0), (4, 1, 9)), "twice"),
-        (post((0, 0, 0), is_leaving=True), "leaves"),
-        (post(*((row, 0, 0) for row in range(stream_post.MAX_NEEDS + 1))), "nearest"),
+        (post((0, 0, 0, 5), (1, 0, 0, 4)), "sorted"),
+        (post((0, 0, 0, stream_post.MAX_AHEAD_MS + 1)), "ahead"),
+        (post((4, 1, 7, 0), (4, 1, 7, 9)), "twice"),
+        (post((0, 0, 0, 0), is_leaving=True), "leaves"),
+        (post(*((row, 0, 0, 0) for row in range(stream_post.MAX_NEEDS + 1))), "nearest"),
         (post(waits=(Wait(Cause.PEER, "x", 1.0), Wait(Cause.PEER, "x", 2.0))), "once"),
         (post(waits=(Wait(Cause.PEER, "a\nb", 1.0),)), "node"),
     ],

@@ -171,7 +171,7 @@ def test_what_a_running_stream_will_read_stays_and_its_dataset_is_live(node: Nod
     node.read("a")
     node.rest("a")
     rows = np.array([0, 5], np.uint32)
-    post = StreamPost(rows, np.zeros(2, np.uint32), np.array([0, 9000], np.uint32))
+    post = StreamPost(rows, rows * 0, rows * 0, np.array([0, 9000], np.uint32))
     digest, streams = node.snapshots["a"].digest, node.node.streams
     assert node.cluster.run(streams.hear(digest, "0" * 32, post)) == b"\xc0", "both are here"
     node.read("b", 2)
@@ -181,7 +181,9 @@ def test_what_a_running_stream_will_read_stays_and_its_dataset_is_live(node: Nod
     node.read("b")
     holdings = node.node.inventory.known()[digest]
     assert np.flatnonzero(holdings.held).tolist() == [0, 5], "even of a dataset that is idle"
-    node.cluster.run(streams.hear(digest, "0" * 32, StreamPost(rows[:0], rows[:0], rows[:0], is_leaving=True)))
+    node.cluster.run(
+        streams.hear(digest, "0" * 32, StreamPost(rows[:0], rows[:0], rows[:0], rows[:0], is_leaving=True))
+    )
     wait_for(lambda: not node.node.inventory.needed)
     node.rest("a")
     node.read("b")
@@ -192,7 +194,7 @@ def test_what_a_stream_needs_takes_the_room_of_idle_datasets(node: Node) -> None
     node.read("a")
     node.rest("a")
     rows = np.arange(3, dtype=np.uint32)
-    post = StreamPost(rows, np.zeros(3, np.uint32), rows * 100)
+    post = StreamPost(rows, rows * 0, rows * 0, rows * 100)
     assert node.cluster.run(node.node.streams.hear(node.snapshots["b"].digest, "0" * 32, post)) == b"\x00"
     wait_for(lambda: node.held("b") == 3)
     node.node.inventory.of(node.snapshots["a"])
@@ -202,7 +204,7 @@ def test_what_a_stream_needs_takes_the_room_of_idle_datasets(node: Node) -> None
 def test_needs_of_a_dataset_that_finds_no_room_pause(node: Node) -> None:
     node.read("a")
     rows = np.arange(3, dtype=np.uint32)
-    post = StreamPost(rows, np.zeros(3, np.uint32), rows * 100)
+    post = StreamPost(rows, rows * 0, rows * 0, rows * 100)
     node.cluster.run(node.node.streams.hear(node.snapshots["b"].digest, "0" * 32, post))
     wait_for(lambda: "b" in node.node.streams._paused_until)
     wait_for(lambda: node.node.fills.count == 0)

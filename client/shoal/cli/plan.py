@@ -21,7 +21,6 @@ from shoal.streaming import indexing
 from shoal.streaming import plan as plans
 from shoal.streaming.forecast import Forecast, forecast
 from shoal.streaming.index import Index
-from shoal.streaming.order import Order
 from shoal.streaming.plan import Homes, Plan
 from shoal.streaming.selection import Selection
 from shoal.streaming.steps import Schedule
@@ -85,7 +84,7 @@ def plan(
     placement = Placement(snapshot.shard_table, snapshot.shard_count(), cluster_map, pinned.record.replicas)
     homes = Homes(snapshot, index, placement, rank_nodes)
     window = plans.window_of(index)
-    order = Order(index.samples, seed=seed, epoch=epoch, window=window, shuffle=shuffle)
+    order = plans.order_of(index, seed=seed, epoch=epoch, window=window, shuffle=shuffle)
     held = _held(cluster, snapshot)[snapshot.shards_at(index.rows, index.starts)]
     counted = forecast(Plan(index, order, schedule, homes), index, homes, held, steps or schedule.steps)
     document = _document(selection, index, schedule, window if shuffle else None, rank_nodes, counted)

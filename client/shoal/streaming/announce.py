@@ -53,31 +53,34 @@ Seconds = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Share:
-    """What one node is told: shards that it is the first owner of, each once, and when they are needed, ascending."""
+    """What one node is told: parts of shards that it is the first owner of, each once, and when they are needed."""
 
     node: int
     ordinals: Ordinals
+    parts: Ordinals
     in_s: Seconds
 
 
-def shares(ordinals: Ordinals, in_s: Seconds, firsts: npt.NDArray[np.integer], *, count: int) -> list[Share]:
-    """Cut upcoming shards into what each node is told, the nearest `count` a node. Pure.
+def shares(
+    ordinals: Ordinals, parts: Ordinals, in_s: Seconds, firsts: npt.NDArray[np.integer], *, count: int
+) -> list[Share]:
+    """Cut what comes into what each node is told, in the order of time, the nearest `count` a node. Pure.
 
     Args:
-        ordinals: of shards, in any order; one that comes twice counts with the earlier time. Shape (n,).
+        ordinals, parts: of shards, in any order; a part that comes twice counts with the earlier time. Shapes (n,).
         in_s: seconds until each is needed; below 0 is now. Shape (n,).
         firsts: each one's first owner, as an index. Shape (n,).
     """
     in_s = np.maximum(in_s, 0.0)
-    order = np.lexsort((ordinals, in_s))
+    order = np.lexsort((parts, ordinals, in_s))
     order = order[in_s[order] <= MAX_AHEAD_MS / 1000]
-    _, first_places = np.unique(ordinals[order], return_index=True)
+    _, first_places = np.unique(ordinals[order] << 32 | parts[order], return_index=True)
     order = order[np.sort(first_places)]
     owners = firsts[order]
     found = []
     for node in np.unique(owners).tolist():
         mine = order[owners == node][:count]
-        found.append(Share(node, ordinals[mine], in_s[mine]))
+        found.append(Share(node, ordinals[mine], parts[mine], in_s[mine]))
     return found
 
 
@@ -113,7 +116,7 @@ class Announcer:
         """At the start, and in a fork's child: neither the parent's thread nor its needs are ours."""
         self.stream_id = uuid.uuid4().hex
         self._lock = threading.Lock()  # guards _needs, _waits and _thread
-        self._needs: tuple[Ordinals, Seconds, float] | None = None  # with the time that the seconds count from
+        self._needs: tuple[Ordinals, Ordinals, Seconds, float] | None = None  # with the time that seconds count from
         self._waits: dict[tuple[Cause, str], float] = defaultdict(float)
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -122,16 +125,18 @@ class Announcer:
         self._complaints: set[type[Exception]] = set()
         self._finalizer = weakref.finalize(self, self._wake.set)
 
-    def update(self, ordinals: npt.ArrayLike, seconds_from_now: npt.ArrayLike) -> None:
+    def update(self, ordinals: npt.ArrayLike, seconds_from_now: npt.ArrayLike, parts: npt.ArrayLike = 0) -> None:
         """Say what is needed from now on, in the place of what was said before. Returns at once.
 
         Args:
             ordinals: of shards of the snapshot, in any order; none: nothing is needed. Shape (n,).
             seconds_from_now: when each is needed, as far as anybody can say. Shape (n,).
+            parts: which 8 MiB of each shard, counted from 0. Shape (n,).
         """
-        needs = np.array(ordinals, np.int64).reshape(-1), np.array(seconds_from_now, np.float64).reshape(-1)
+        shards = np.array(ordinals, np.int64).reshape(-1)
+        numbers = np.broadcast_to(np.array(parts, np.int64), shards.shape)
         with self._lock:
-            self._needs = *needs, time.monotonic()
+            self._needs = shards, numbers, np.array(seconds_from_now, np.float64).reshape(-1), time.monotonic()
             self._start()
 
     def waited(self, cause: Cause, node_id: str, seconds: float) -> None:
@@ -192,10 +197,10 @@ class Announcer:
             if node_id in reachable:
                 self._post(reachable[node_id], share, waits if node_id == home else [], now)
 
-    def _shares(self, needs: tuple[Ordinals, Seconds, float], now: float) -> dict[str, Share]:
-        ordinals, in_s, since = needs
+    def _shares(self, needs: tuple[Ordinals, Ordinals, Seconds, float], now: float) -> dict[str, Share]:
+        ordinals, parts, in_s, since = needs
         placement = self._cluster.placement(self._snapshot, self._replicas)
-        cut = shares(ordinals, in_s - (now - since), placement.firsts(ordinals), count=MAX_NEEDS)
+        cut = shares(ordinals, parts, in_s - (now - since), placement.firsts(ordinals), count=MAX_NEEDS)
         return {placement.nodes[share.node].id: share for share in cut}
 
     def _answers(self, node: Node) -> bool:
@@ -223,11 +228,13 @@ class Announcer:
 
     def _post(self, node: Node, share: Share | None, waits: list[Wait], now: float) -> None:
         """Tell one node what is needed of it, None: nothing; where that fails, the waits are told later."""
-        ordinals = share.ordinals if share is not None else np.zeros(0, np.int64)
+        nothing = np.zeros(0, np.int64)
+        ordinals, parts = (share.ordinals, share.parts) if share is not None else (nothing, nothing)
         in_s = share.in_s if share is not None else np.zeros(0)
         table = self._snapshot.shard_table()
         in_ms = np.minimum(in_s * 1000, MAX_AHEAD_MS).astype(np.uint32)
-        post = StreamPost(table.rows[ordinals], table.indexes[ordinals], in_ms, tuple(waits), is_leaving=share is None)
+        where = table.rows[ordinals], table.indexes[ordinals], parts.astype(np.uint32)
+        post = StreamPost(*where, in_ms, tuple(waits), is_leaving=share is None)
         transport, address = self._cluster.transport, self._cluster.address_of(node)
         try:
             answer = transport.get(

@@ -17,6 +17,7 @@ import pyarrow as pa
 import xxhash
 
 from shoal.errors import InvalidRequest, ShardCorrupt
+from shoal.shards import PART_SIZE
 from shoal.snapshot import Snapshot
 from shoal.streaming.formats.source import Extent
 from shoal.streaming.selection import Selection
@@ -62,6 +63,17 @@ class Index:
     def run_bytes(self) -> int:
         """Bytes of all runs."""
         return int((self.ends - self.starts).sum())
+
+    @property
+    def segments(self) -> Numbers:
+        """The segment that each run belongs to: of an object's runs those that begin in the same 8 MiB of it.
+
+        So what one fetch from the origin brings in is a segment, but for what sticks out at its end.
+        """
+        places = self.starts // PART_SIZE
+        is_first = np.ones(len(self), np.bool_)
+        is_first[1:] = (np.diff(self.rows) != 0) | (np.diff(places) != 0)
+        return np.cumsum(is_first) - 1
 
     @classmethod
     def of_runs(cls, rows: Iterable[int], runs: Iterable[Sequence[Extent]], schema: bytes = b"") -> Index:

@@ -1,9 +1,10 @@
 """The flat order: every sample of an epoch, once, as the data, the seed and the epoch alone decide. Pure.
 
-A *run* is samples that lie side by side in one object, such as a record batch. Without a shuffle the order is that of
-the runs. With one,
+A *run* is samples that lie side by side in one object, such as a record batch; a *segment* is runs that lie side by
+side and are fetched together. Without a shuffle the order is that of the runs. With one,
 
-    1. runs are sorted by  h(seed, epoch, run), so that neighbours come from anywhere in the dataset
+    1. segments are sorted by  h(seed, epoch, segment), so that neighbours come from anywhere in the dataset, and each
+       is left as it is, so that what a cold cache fetches is soon used up
     2. the sample at place p of that sequence gets the key  p + h(seed, epoch, p) mod window
     3. samples are sorted by key, then by hash, then by place
 
@@ -41,6 +42,7 @@ class Order:
         seed, epoch: what the shuffle depends on; any integers.
         window: how far a sample may move, at least 1. 1 keeps runs whole.
         shuffle: False: the order of the data.
+        segments: the number of each run's segment, ascending; None: each run is one. Shape (runs,).
 
     Attributes:
         length: samples.
@@ -50,7 +52,16 @@ class Order:
         InvalidRequest: a length is negative, or the window is not positive.
     """
 
-    def __init__(self, lengths: Samples, *, seed: int, epoch: int, window: int = WINDOW, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        lengths: Samples,
+        *,
+        seed: int,
+        epoch: int,
+        window: int = WINDOW,
+        shuffle: bool = True,
+        segments: Samples | None = None,
+    ) -> None:
         if window < 1:
             raise InvalidRequest(f"a shuffle window of {window} samples is none: give 1 or more, or shuffle=False")
         lengths = np.asarray(lengths, np.int64)
@@ -62,8 +73,9 @@ class Order:
         self._place_key = key ^ _PLACES
         self.window = window if shuffle else 1
         if shuffle:
-            hashes = mix64(np.arange(len(lengths), dtype=U64) ^ mix64(_array(key ^ _RUNS)))
-            self._runs = np.argsort(hashes, kind="stable")
+            numbers = np.arange(len(lengths)) if segments is None else segments
+            hashes = mix64(numbers.astype(U64) ^ mix64(_array(key ^ _RUNS)))
+            self._runs = np.argsort(hashes, kind="stable")  # no two numbers have one hash: mix64 is a bijection
         else:
             self._runs = np.arange(len(lengths))
         self._ends = np.cumsum(lengths[self._runs])

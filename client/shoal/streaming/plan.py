@@ -32,6 +32,11 @@ def window_of(index: Index) -> int:
     return int(np.clip(WINDOW_BYTES // mean, MIN_WINDOW, MAX_WINDOW))
 
 
+def order_of(index: Index, *, seed: int, epoch: int, window: int, shuffle: bool = True) -> Order:
+    """The flat order of an epoch over an index."""
+    return Order(index.samples, seed=seed, epoch=epoch, window=window, shuffle=shuffle, segments=index.segments)
+
+
 class Homes:
     """Which nodes own the shard that a run begins in, under one cluster map.
 

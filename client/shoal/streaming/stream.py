@@ -37,7 +37,7 @@ from shoal.streaming.horizon import Horizon
 from shoal.streaming.index import Index
 from shoal.streaming.lookahead import LookAhead
 from shoal.streaming.order import Order
-from shoal.streaming.plan import Homes, Plan, Reads
+from shoal.streaming.plan import Homes, Plan, Reads, order_of
 from shoal.streaming.runs import Runs, Want
 from shoal.streaming.selection import Selection
 from shoal.streaming.state import State
@@ -274,7 +274,7 @@ class Stream:
         return Schedule(self.samples, position, self.batch_size, self.world.size, self._drop_last)
 
     def _order(self) -> Order:
-        return Order(self._index.samples, seed=self._seed, epoch=self.epoch, window=self._window, shuffle=self._shuffle)
+        return order_of(self._index, seed=self._seed, epoch=self.epoch, window=self._window, shuffle=self._shuffle)
 
     def _plan(self, order: Order, position: int) -> Plan:
         return Plan(self._index, order, self._schedule(position), self._homes)
@@ -357,8 +357,8 @@ class Stream:
         worker, workers = self._worker
         taken = self._taken * workers + worker
         step_s = self.waits.elapsed_s / (self.waits.steps * workers) if self.waits.steps else FIRST_STEP_S
-        shards, samples = horizon.at(self._position + taken * self._step_size)
-        self._announcer.update(shards, samples / self._step_size * step_s)
+        shards, parts, samples = horizon.at(self._position + taken * self._step_size)
+        self._announcer.update(shards, samples / self._step_size * step_s, parts)
 
     def close(self) -> None:
         """Tell the nodes that nothing more is read. A stream that is just dropped they forget within half a minute."""

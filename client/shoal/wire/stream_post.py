@@ -1,11 +1,11 @@
 """What a stream tells a node: ``POST /v1/snapshots/{digest}/streams/{stream_id}`` (docs/wire.md). Pure.
 
     head     version u16 | flags u16 (1: leaving) | number of needs u32 | number of waits u32
-    needs    row u32 | index of the shard u32 | needed in milliseconds u32        ascending in time, no shard twice
+    needs    row u32 | index of the shard u32 | part u32 | needed in milliseconds u32     ascending in time, none twice
     waits    cause u32 | microseconds u32 | node id, 16 bytes, zeros behind it    each pair of cause and node once
 
-All little-endian, one after the other. The answer is one bit a need, in their order, the first in the highest bit of
-the first byte: whether that shard is sealed at the node.
+All little-endian, one after the other; a part is 8 MiB of a shard (`shoal.shards.PART_SIZE`). The answer is one bit a
+need, in their order, the first in the highest bit of the first byte: whether that shard is sealed at the node.
 
 The rule: a post is bounded and says one thing in one way; what says anything else is refused whole.
 """
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from shoal.errors import InvalidRequest
 
 VERSION = 1
-#: Shards that one post may name, and how far ahead. A stream names those that it needs first.
+#: Parts of shards that one post may name, and how far ahead. A stream names those that it needs first.
 MAX_NEEDS = 4096
 MAX_AHEAD_MS = 24 * 3600 * 1000
 MAX_WAITS = 1024
@@ -32,7 +32,7 @@ MAX_WAIT_US = (1 << 32) - 1
 
 _LEAVING = 1
 _HEAD = np.dtype([("version", "<u2"), ("flags", "<u2"), ("needs", "<u4"), ("waits", "<u4")])
-_NEED = np.dtype([("row", "<u4"), ("index", "<u4"), ("in_ms", "<u4")])
+_NEED = np.dtype([("row", "<u4"), ("index", "<u4"), ("part", "<u4"), ("in_ms", "<u4")])
 _WAIT = np.dtype([("cause", "<u4"), ("us", "<u4"), ("node", "S16")])
 _STREAM_ID = re.compile(r"[0-9a-f]{32}")
 _NODE_ID = re.compile(rb"[A-Za-z0-9._-]{0,16}")
@@ -65,7 +65,7 @@ class StreamPost:
     """One post. The arrays share their length.
 
     Attributes:
-        rows, indexes: of the shards that are needed.
+        rows, indexes, parts: of the shards that are needed, and which part of each.
         in_ms: when each is needed, from now on.
         waits: since the last post.
         is_leaving: the stream is over, and needs nothing.
@@ -73,6 +73,7 @@ class StreamPost:
 
     rows: Numbers
     indexes: Numbers
+    parts: Numbers
     in_ms: Numbers
     waits: tuple[Wait, ...] = ()
     is_leaving: bool = False
@@ -98,7 +99,7 @@ def node_id_or_none(text: str) -> str:
 def encode(post: StreamPost) -> bytes:
     """The body of a request."""
     needs = np.empty(len(post.rows), _NEED)
-    needs["row"], needs["index"], needs["in_ms"] = post.rows, post.indexes, post.in_ms
+    needs["row"], needs["index"], needs["part"], needs["in_ms"] = post.rows, post.indexes, post.parts, post.in_ms
     waits = [(wait.cause, round(wait.seconds * 1e6), wait.node_id.encode()) for wait in post.waits]
     head = np.array([(VERSION, _LEAVING if post.is_leaving else 0, len(needs), len(waits))], _HEAD)
     return head.tobytes() + needs.tobytes() + np.array(waits, _WAIT).tobytes()
@@ -128,15 +129,15 @@ def decode(body: bytes) -> StreamPost:
     )
 
 
-def _needs(table: npt.NDArray[np.void], *, is_leaving: bool) -> tuple[Numbers, Numbers, Numbers]:
-    rows, indexes, in_ms = (table[name].astype(np.uint32) for name in ("row", "index", "in_ms"))
+def _needs(table: npt.NDArray[np.void], *, is_leaving: bool) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+    rows, indexes, parts, in_ms = (table[name].astype(np.uint32) for name in ("row", "index", "part", "in_ms"))
     if is_leaving and len(rows):
         raise InvalidRequest("a stream that leaves needs nothing more")
     if (in_ms[1:] < in_ms[:-1]).any() or (len(in_ms) and in_ms[-1] > MAX_AHEAD_MS):
         raise InvalidRequest(f"needs are sorted by their time, which is at most {MAX_AHEAD_MS} ms ahead")
-    if len(np.unique(rows.astype(np.uint64) << np.uint64(32) | indexes)) != len(rows):
-        raise InvalidRequest("a shard is needed twice: name it once, with the earlier time")
-    return rows, indexes, in_ms
+    if len(np.unique(table[["row", "index", "part"]])) != len(rows):
+        raise InvalidRequest("a part of a shard is needed twice: name it once, with the earlier time")
+    return rows, indexes, parts, in_ms
 
 
 def _waits(table: npt.NDArray[np.void]) -> tuple[Wait, ...]:
