@@ -212,7 +212,7 @@ def _serve(end: Connection, barrier: Barrier) -> None:
             end.send(("epoch", _epoch(end, barrier if training.ranks > 1 else None, training, rank)))
     except EOFError:
         pass
-    except Exception:  # noqa: BLE001 - told
+    except Exception:  # noqa: BLE001 - the process that measures is told, and fails with it
         barrier.abort()  # or the others would wait for this one
         end.send(("failure", traceback.format_exc()))
 

@@ -103,6 +103,21 @@ def test_epochs_of_a_loader(
         assert [ids(loader), ids(loader)] == expected[:2]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_batches_reach_the_gpu_from_pinned_memory(arguments: dict[str, Any], expected: list[list[int]]) -> None:
+    found: list[int] = []
+    for batch in loader_of(make(arguments), 2, DataLoader, pin_memory=True):
+        assert batch["id"].is_pinned()
+        found += batch["id"].cuda(non_blocking=True).cpu().tolist()
+    assert found == expected[0]
+    found = []
+    for batch in shoal.stream(URL, batch_size=BATCH, **arguments):
+        pinned = shoal.torch.tensor(batch["id"], pin_memory=True)
+        assert pinned.is_pinned()
+        found += pinned.cuda(non_blocking=True).cpu().tolist()
+    assert found == expected[0]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_loop_that_is_left_and_epochs_that_are_set(

@@ -148,13 +148,23 @@ def test_pinning_without_cuda_is_refused() -> None:
         tensor(pa.array([1]), pin_memory=True)
 
 
+def test_pinning_in_a_worker_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.worker._worker_info", object())
+    with pytest.raises(InvalidRequest, match="to the DataLoader"):
+        tensor(pa.array([1]), pin_memory=True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_pinned_memory() -> None:
+@pytest.mark.parametrize("cuts", [[0, 8], [0, 3, 8]], ids=["one piece", "two pieces"])
+def test_pinned_memory(cuts: list[int]) -> None:
     values = any_bits("uint16", 8, 4)
-    column = pa.chunked_array([lists(values[:3]), lists(values[3:])])
+    column = pa.chunked_array([lists(values[a:b]) for a, b in itertools.pairwise(cuts)])
     pinned = tensor(column, pin_memory=True)
     assert pinned.is_pinned()
     assert pinned.cuda(non_blocking=True).cpu().numpy().tobytes() == values.tobytes()
+    converted = tensor(column, pin_memory=True, dtype=torch.float32)
+    assert converted.is_pinned(), "also where numbers are converted"
+    assert np.array_equal(converted.cuda().cpu().numpy(), values.astype(np.float32))
 
 
 def test_shoal_alone_imports_no_torch() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.utils.data
 import torch.utils.dlpack
 
 from shoal import memory
@@ -44,9 +45,14 @@ def tensor(
 
     Raises:
         InvalidRequest: it has nulls, rows of different lengths or a type without tensors, `shape` does not fit, a view
-            was asked for and cannot be had, or memory is to be pinned where there is no CUDA.
+            was asked for and cannot be had, or memory is to be pinned where there is no CUDA or by a loader's worker.
     """
     pieces = [piece for piece in (column.chunks if isinstance(column, pa.ChunkedArray) else [column]) if len(piece)]
+    if pin_memory and torch.utils.data.get_worker_info() is not None:
+        raise InvalidRequest(
+            "memory that a DataLoader's worker pins is not pinned for its trainer: leave out pin_memory here, and give "
+            "it to the DataLoader"
+        )
     if pin_memory and not torch.cuda.is_available():
         raise InvalidRequest("there is no CUDA device here to pin memory for: leave out pin_memory")
     if copy is False and (len(pieces) > 1 or pin_memory or pa.types.is_boolean(_leaf(column.type))):
@@ -69,6 +75,8 @@ def tensor(
         return flat
     if copy is False:
         raise InvalidRequest(f"{flat.dtype} as {dtype} is no view: leave out copy=False or dtype")
+    if pin_memory:
+        return torch.empty(flat.shape, dtype=dtype, pin_memory=True).copy_(flat)
     return flat.to(dtype)
 
 
