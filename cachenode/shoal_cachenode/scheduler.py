@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 DATASETS_AT_A_TIME = 2
 #: Of a dataset's fetches and its origin's window, what nobody waits for may have: a reader that comes finds room.
 AHEAD_SHARE = 0.75
+#: Fetches for streams at a time, after there were none for `REST_S`; each that ends well makes it one more (slow start,
+#: RFC 5681, 3.1). An origin gives many at a time each a little: what is needed first would come as late as the rest.
+NEEDS_AT_FIRST, REST_S = 2, 1.0
 #: Threads that verify and sync finished shards, and finished shards that may wait for them.
 SEALERS = 2
 SEALS_WAITING = 64
@@ -113,6 +117,9 @@ class _Lane:
     anywhere: list[_Waiting] = field(default_factory=list)
     origin: list[_Waiting] = field(default_factory=list)
     in_flight: int = 0
+    needs: int = 0  # of these, for streams
+    needs_width: int = NEEDS_AT_FIRST
+    needs_ended_at: float = -math.inf
 
     def push(self, waiting: _Waiting) -> None:
         heapq.heappush(self.origin if waiting.fill.needs_origin else self.anywhere, waiting)
@@ -122,7 +129,24 @@ class _Lane:
         share = AHEAD_SHARE if waiting.urgency >= Urgency.NEED else 1.0
         if self.in_flight >= max(1.0, share * fetches):
             return math.inf
+        if waiting.urgency is Urgency.NEED and self.needs >= self.needs_width:
+            return math.inf
         return self.budget.room_in_s(share) if from_origin else 0.0
+
+
+    def begun(self, waiting: _Waiting) -> None:
+        self.in_flight += 1
+        if waiting.urgency is Urgency.NEED:
+            if not self.needs and time.monotonic() - self.needs_ended_at > REST_S:
+                self.needs_width = NEEDS_AT_FIRST
+            self.needs += 1
+
+    def ended(self, waiting: _Waiting, *, is_well: bool) -> None:
+        self.in_flight -= 1
+        if waiting.urgency is Urgency.NEED:
+            self.needs -= 1
+            self.needs_width += is_well
+            self.needs_ended_at = time.monotonic()
 
 
 class Scheduler:
@@ -181,7 +205,7 @@ class Scheduler:
                 if self._pace is not None and waiting.urgency is Urgency.REBALANCE:
                     self._pace.spend(waiting.fill.size_of(waiting.part))
                 self.in_flight += 1
-                lane.in_flight += 1
+                lane.begun(waiting)
                 self._start(self._fetch(lane, waiting))
 
     def _next(self) -> tuple[_Lane, _Waiting] | None:
@@ -191,7 +215,7 @@ class Scheduler:
         soonest_s = math.inf
         for budget, lane in list(self._lanes.items()):
             if not lane.anywhere and not lane.origin:
-                if not lane.in_flight:
+                if not lane.in_flight and time.monotonic() - lane.needs_ended_at > REST_S:
                     del self._lanes[budget]
                 continue
             for queue in filter(None, (lane.anywhere, lane.origin)):
@@ -231,10 +255,11 @@ class Scheduler:
     async def _fetch(self, lane: _Lane, waiting: _Waiting) -> None:
         fill, part = waiting.fill, waiting.part
         began, successes = next(self._sequence), lane.budget.successes
-        again = False
+        again = is_well = False
         try:
             threads = self._movers if waiting.urgency is Urgency.REBALANCE else self._threads
             is_last = await asyncio.get_running_loop().run_in_executor(threads, fill.fetch, part)
+            is_well = True
             fill.arrived(part)
             if is_last:
                 fill.will_seal()
@@ -253,7 +278,7 @@ class Scheduler:
         finally:
             fill.landed(part)
             self.in_flight -= 1
-            lane.in_flight -= 1
+            lane.ended(waiting, is_well=is_well)
             if again:
                 # A reader may have come meanwhile, and found the part under way.
                 if fill.is_awaited(part):

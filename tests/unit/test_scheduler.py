@@ -124,6 +124,29 @@ def test_the_most_urgent_first_whatever_came_before() -> None:
     scenario(run)
 
 
+def test_what_streams_need_begins_gently_and_again_after_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal_cachenode.scheduler.REST_S", 0.05)
+
+    async def run(scheduler: Scheduler) -> None:
+        for first in (0, 100):
+            one = Dataset(scheduler, most=100)
+            scheduler._fetches = 100
+            fills = [one.push(Urgency.NEED, first + part) for part in range(10)]
+            await until(lambda one=one: len(one.begun) >= 2)  # type: ignore[misc]
+            await asyncio.sleep(0)
+            assert one.begun == [first, first + 1], "what is needed first gets all that the origin gives"
+            fills.append(one.push(DEMAND, 50))
+            await until(lambda one=one: 50 in one.begun)  # type: ignore[misc]
+            one.go.set()
+            await until(lambda fills=fills: all(fill.has_arrived for fill in fills))  # type: ignore[misc]
+            await until(lambda: scheduler.in_flight == 0)
+            (lane,) = scheduler._lanes.values()
+            assert lane.needs_width == 2 + 10
+            await asyncio.sleep(0.06)
+
+    scenario(run)
+
+
 def test_prefetches_leave_a_place_for_a_reader_that_comes() -> None:
     async def run(scheduler: Scheduler) -> None:
         one = Dataset(scheduler)

@@ -23,7 +23,7 @@ import pyarrow as pa
 from shoal import provenance
 from shoal.streaming.plan import Reads
 from shoal.streaming.runs import Loaded, Want
-from shoal.streaming.waits import Trace, Waits, shares_of
+from shoal.streaming.waits import Trace, shares_of
 from shoal.threads import Threads
 
 #: Loads under way.
@@ -34,6 +34,12 @@ MAX_STEPS = 64
 LOOK_UP_S = 1.0
 #: What is loaded together goes up to so many, and so many bytes.
 GROUP_WANTS, GROUP_BYTES = 256, 8 << 20
+
+
+class Waiting(Protocol):
+    """Is told of waits for loads: from when to when (`time.perf_counter`), and what the load did."""
+
+    def waited(self, begin: float, end: float, trace: Trace) -> None: ...
 
 
 class Loader(Protocol):
@@ -74,7 +80,7 @@ class LookAhead:
         steps: Iterator[Reads],
         loader: Loader,
         limit_bytes: int,
-        waits: Waits,
+        waits: Waiting,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._steps, self._loader, self._limit_bytes, self._waits = steps, loader, limit_bytes, waits

@@ -38,6 +38,7 @@ from shoal.streaming.index import Index
 from shoal.streaming.lookahead import LookAhead
 from shoal.streaming.order import Order
 from shoal.streaming.plan import Homes, Plan, Reads, order_of
+from shoal.streaming.ready import DEPTH, Awaited, Ready
 from shoal.streaming.runs import Runs, Want
 from shoal.streaming.selection import Selection
 from shoal.streaming.state import State
@@ -315,16 +316,17 @@ class Stream:
         iteration, order, waits = self._iteration, self._order(), self.waits
         plan, horizon = self._plan(order, self._position), self._horizon(order)
         steps = (plan.reads(step, self.world.rank) for step in self._steps_left)
-        ahead = LookAhead(steps, self._runs, self._ahead_bytes, waits, _check_of_worker())
-        with contextlib.closing(ahead):
+        awaited = Awaited()
+        ahead = LookAhead(steps, self._runs, self._ahead_bytes, awaited, _check_of_worker())
+        # A loader's worker is a thread of the trainer's already, and one more would only share its processor.
+        with contextlib.closing(Ready(ahead, awaited, batch_of, depth=0 if _worker_info() else DEPTH)) as ready:
             self._tell(horizon)
             while True:
                 if iteration != self._iteration:
                     raise RuntimeError("this stream was moved, or iterated again: an older iterator cannot go on")
-                step = next(ahead, None)
-                if step is None:
+                batch = ready.take(asked, waits)
+                if batch is None:
                     break
-                batch = batch_of(*step)
                 waits.steps, waits.samples = waits.steps + 1, waits.samples + len(batch)
                 self._taken += 1
                 if time.perf_counter() - told > TELL_S:
