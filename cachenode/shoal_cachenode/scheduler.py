@@ -133,7 +133,6 @@ class _Lane:
             return math.inf
         return self.budget.room_in_s(share) if from_origin else 0.0
 
-
     def begun(self, waiting: _Waiting) -> None:
         self.in_flight += 1
         if waiting.urgency is Urgency.NEED:

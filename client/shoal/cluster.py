@@ -18,6 +18,7 @@ import stat
 import tempfile
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ from shoal.transport import Transport
 
 log = logging.getLogger(__name__)
 
-MAX_PLACEMENTS = 64
+MAX_PLACEMENTS = 16
+#: Snapshots kept besides those that file systems have: a process that lives through many refreshes keeps no old ones.
+MAX_SNAPSHOTS = 16
 #: A map that nobody gave is not asked for again by those whose reads fail for this long.
 RENEW_AGAIN_S = 1.0
 
@@ -84,14 +87,15 @@ class Cluster:
         self._map = ClusterMap()
         self._known_epoch = 0
         self._not_renewed_at = -math.inf  # `time.monotonic` of the last failure, if it was the last attempt
-        self._snapshots: dict[str, Snapshot] = {}
+        self._snapshots: weakref.WeakValueDictionary[str, Snapshot] = weakref.WeakValueDictionary()
+        self._recent: OrderedDict[str, Snapshot] = OrderedDict()  # of these some that perhaps nobody holds now
         self._placements: OrderedDict[tuple[str, int, int], Placement] = OrderedDict()
         self._reset_lock()
         self.document: dict[str, Any] = {}
         self.document = self._fetch_document()
 
     def _reset_lock(self) -> None:
-        self._lock = threading.Lock()  # guards _map, _placements; in a fork's child a new one: see `connect`
+        self._lock = threading.Lock()  # guards _map, _recent, _placements; in a fork's child a new one: see `connect`
 
     @property
     def map(self) -> ClusterMap:
@@ -232,12 +236,17 @@ class Cluster:
             SnapshotNotFound: it is served no more.
         """
         known = self._snapshots.get(digest)
-        if known is not None:
-            return known
-        opened = self.local.snapshot(digest) if self.local is not None else None
-        if opened is None:
-            opened = self._download(digest)
-        return self._snapshots.setdefault(digest, opened)
+        if known is None:
+            opened = self.local.snapshot(digest) if self.local is not None else None
+            if opened is None:
+                opened = self._download(digest)
+            known = self._snapshots.setdefault(digest, opened)
+        with self._lock:
+            self._recent[digest] = known
+            self._recent.move_to_end(digest)
+            while len(self._recent) > MAX_SNAPSHOTS:
+                self._recent.popitem(last=False)
+        return known
 
     def _download(self, digest: str) -> Snapshot:
         shared = _shared_snapshots()

@@ -52,6 +52,21 @@ def planted(node: MiniCluster, directory: Path) -> Path:
     return path
 
 
+def test_old_snapshots_are_not_kept_for_ever(
+    node: MiniCluster, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "MAX_SNAPSHOTS", 2)
+    ours = Cluster(node.nodes[0].address, use_local=False)
+    monkeypatch.setattr(ours, "_download", lambda digest: Snapshot.open(planted(node, temporary)))
+    held = ours.snapshot("first")
+    for name in ("second", "third", "fourth"):
+        ours.snapshot(name)
+    assert sorted(ours._snapshots) == ["first", "fourth", "third"]
+    assert ours.snapshot("first") is held, "as long as anybody has it there is one"
+    del held
+    assert list(ours._recent) == ["fourth", "first"]
+
+
 def test_one_fetches_and_all_share(node: MiniCluster, temporary: Path) -> None:
     fetched(node)
     shared = temporary / f"shoal-{os.getuid()}" / "snapshots"

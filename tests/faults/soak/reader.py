@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import faulthandler
+import itertools
 import json
 import os
 import random
@@ -31,6 +32,7 @@ from shoal import shards
 from shoal.arrow import ArrowCopyWarning
 from shoal.errors import ShoalError
 from shoal.filesystem import ShoalFileSystem
+from shoal_cachenode import allocator
 from tests.faults.soak.content import SHARD_SIZE, Content
 
 #: Reads with one file system object, and so with one set of snapshots, at most.
@@ -381,6 +383,7 @@ def main(spec: Spec) -> None:
         with out:
             print(json.dumps(what), flush=True)
 
+    allocator.share_arenas()
     stop = threading.Event()
     with Path(spec.stacks).open("a") as stacks, Path(spec.times).open("ab") as times:
 
@@ -417,9 +420,12 @@ def main(spec: Spec) -> None:
 
 
 def _tell(all_reads: list[Reads], say: Say) -> None:
-    while True:
+    """Also give free memory back now and then, so that what grows is what is held, and not what allocators keep."""
+    for second in itertools.count(1):
         time.sleep(1.0)
         _tell_once(all_reads, say)
+        if second % allocator.INTERVAL_S == 0:
+            allocator.give_back()
 
 
 def _tell_once(all_reads: list[Reads], say: Say) -> None:
