@@ -126,10 +126,12 @@ class Waits:
             f"{self.steps:,} steps, {self.samples:,} samples in {self.elapsed_s:.2f} s ({rate:,.0f}/s); "
             f"waited {self.total_s:.2f} s ({share:.1%})"
         ]
+        by_node: dict[str, list[tuple[float, str]]] = defaultdict(list)
+        for (which, node), seconds in self.seconds.items():
+            if node:
+                by_node[which.name.lower()].append((seconds, node))
         for cause, seconds in self.by_cause().items():
-            nodes = sorted(
-                ((s, node) for (c, node), s in self.seconds.items() if c.name.lower() == cause and node), reverse=True
-            )
+            nodes = sorted(by_node[cause], reverse=True)
             named = ", ".join(f"{node[:8]} {s:.2f} s" for s, node in nodes[:4])
             lines.append(f"  {cause:<7}{seconds:9.2f} s {seconds / max(self.total_s, 1e-9):6.1%}   {named}".rstrip())
         return "\n".join(lines)
