@@ -88,7 +88,7 @@ def test_killed_trainer(job: Job) -> None:
     before = job.left_over()
     read: list[int] = []
     state: Any = None
-    for steps in (2, 30):  # workers look for their trainer every 5 s
+    for steps in (2, 30):
         with Child(lambda say, state=state: job.train(say, state), has_children=True) as trainer:  # type: ignore[misc]
             workers = trainer.heard()
             assert len(workers) == 3

@@ -13,7 +13,7 @@ import concurrent.futures
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,8 +30,6 @@ from shoal.threads import Threads
 THREADS = 8
 #: Steps planned ahead at most: where everything is at hand the window would never be full.
 MAX_STEPS = 64
-#: Whoever waits for a load looks up so often whether anybody waits for the step.
-LOOK_UP_S = 1.0
 #: What is loaded together goes up to so many, and so many bytes.
 GROUP_WANTS, GROUP_BYTES = 256, 8 << 20
 
@@ -72,7 +70,6 @@ class LookAhead:
     Args:
         steps: in the order in which they are consumed.
         limit_bytes: held and on their way.
-        check: raises where nobody wants the steps any more.
     """
 
     def __init__(
@@ -81,10 +78,8 @@ class LookAhead:
         loader: Loader,
         limit_bytes: int,
         waits: Waiting,
-        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._steps, self._loader, self._limit_bytes, self._waits = steps, loader, limit_bytes, waits
-        self._check = check
         self._next: tuple[Reads, list[Want]] | None = None  # planned, and not begun for want of room
         self._begun: deque[tuple[Reads, list[Want]]] = deque()
         self._needs: Counter[Want] = Counter()  # by how many of the begun steps want it
@@ -126,8 +121,7 @@ class LookAhead:
         load = self._loads[want]
         if not load.future.done():
             begin = time.perf_counter()
-            while concurrent.futures.wait([load.future], LOOK_UP_S).not_done:
-                self._check()
+            concurrent.futures.wait([load.future])
             self._waits.waited(begin, time.perf_counter(), load.trace)
         return load.future.result()[load.place].table
 

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from shoal.datasets import DatasetRecord
 from shoal.errors import InvalidRequest
 from shoal.filesystem import ShoalFileSystem
 from shoal.placement import Placement
-from shoal.streaming import indexing
+from shoal.streaming import indexing, trainer
 from shoal.streaming import plan as plans
 from shoal.streaming.announce import Announcer
 from shoal.streaming.horizon import Horizon
@@ -311,13 +311,15 @@ class Stream:
         return range(worker + self._taken * workers, self._schedule(self._position).steps, workers)
 
     def _batches(self) -> Iterator[pa.Table]:
+        if _worker_info() is not None:
+            trainer.follow()
         asked = came = told = time.perf_counter()
         self._iteration += 1
         iteration, order, waits = self._iteration, self._order(), self.waits
         plan, horizon = self._plan(order, self._position), self._horizon(order)
         steps = (plan.reads(step, self.world.rank) for step in self._steps_left)
         awaited = Awaited()
-        ahead = LookAhead(steps, self._runs, self._ahead_bytes, awaited, _check_of_worker())
+        ahead = LookAhead(steps, self._runs, self._ahead_bytes, awaited)
         # A loader's worker is a thread of the trainer's already, and one more would only share its processor.
         with contextlib.closing(Ready(ahead, awaited, batch_of, depth=0 if _worker_info() else DEPTH)) as ready:
             self._tell(horizon)
@@ -382,20 +384,6 @@ def _worker_of_loader() -> tuple[int, int]:
 def _worker_info() -> Any:
     module = sys.modules.get("torch.utils.data")
     return module.get_worker_info() if module is not None else None
-
-
-def _check_of_worker() -> Callable[[], None]:
-    """Raises where the trainer is gone that this worker of torch's DataLoader reads for.
-
-    Torch's own worker looks for its trainer between two batches, and may wait for minutes within one.
-    """
-    parent_pid = os.getppid()
-
-    def check() -> None:
-        if os.getppid() != parent_pid:
-            raise RuntimeError("the trainer that this worker reads for has ended")
-
-    return check if _worker_info() is not None else lambda: None
 
 
 def batch_of(reads: Reads, tables: Mapping[Want, pa.Table]) -> pa.Table:

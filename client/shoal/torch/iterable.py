@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from shoal.errors import InvalidRequest
 from shoal.streaming import state as states
+from shoal.streaming import trainer
 from shoal.streaming.state import State
 from shoal.streaming.stream import Stream
 from shoal.torch import tensors
@@ -83,6 +84,7 @@ class IterableStream(IterableDataset[Any]):
 
     def _join(self, info: Any) -> State:
         """This worker's part of the loop that begins."""
+        trainer.follow()
         given, self._given = self._given, None
         seed = info.seed - info.id
         place = None if given is None else (given.epoch, given.position)

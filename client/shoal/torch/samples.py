@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from shoal import parallel
 from shoal.errors import InvalidRequest
+from shoal.streaming import trainer
 from shoal.streaming.formats.format import Format
 from shoal.streaming.plan import Reads
 from shoal.streaming.runs import Loaded, Runs, Want
@@ -111,6 +112,8 @@ class Samples(Dataset[Any]):
 
     def _tables(self, numbers: list[int]) -> dict[Want, pa.Table]:
         if self._runs is None or self._pid != os.getpid():  # a fork's child: its parent's locks may be held for ever
+            if get_worker_info() is not None:
+                trainer.follow()
             self._runs, self._kept, self._pid = self.stream.open_runs(), _Kept(self.cache_bytes), os.getpid()
         runs, kept = self._runs, self._kept
         tables = {Want(run, None): table for run in numbers if (table := kept.get(run)) is not None}
