@@ -76,6 +76,12 @@ class Index:
         return cls([column.copy() for column in columns], schema)
 
     @classmethod
+    def joined(cls, parts: Sequence[Index], schema: bytes = b"") -> Index:
+        """The index of the objects of all `parts`, which are in the order of their objects; at least one."""
+        columns = ((part.rows, part.numbers, part.samples, part.starts, part.ends) for part in parts)
+        return cls([np.concatenate(column) for column in zip(*columns, strict=True)], schema)
+
+    @classmethod
     def of_objects(cls, snapshot: Snapshot, rows: Numbers) -> Index:
         """The index of objects that are a sample each."""
         sizes = np.fromiter(map(snapshot.size, rows.tolist()), np.int64, len(rows))

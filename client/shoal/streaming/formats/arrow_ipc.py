@@ -7,7 +7,7 @@ from one to the next, over the bodies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 
@@ -26,7 +26,12 @@ _HEAD_BYTES = 4 << 10
 
 
 def runs(name: str, source: Source) -> list[Extent]:
-    """The record batches of an IPC file or stream.
+    """The record batches of an IPC file or stream. Raises as `examine`."""
+    return examine(name, source)[0]
+
+
+def examine(name: str, source: Source) -> tuple[list[Extent], pa.Schema]:
+    """The record batches of an IPC file or stream, and its schema.
 
     Args:
         name: for messages.
@@ -37,24 +42,33 @@ def runs(name: str, source: Source) -> list[Extent]:
     """
     try:
         head = _bytes(source, 0, min(len(_MAGIC), source.size_bytes))
-        found = _of_file(source) if head == _MAGIC else _of_stream(source)
-        return [Extent(number, *extent) for number, extent in enumerate(found)]
+        schema, found = _of_file(source) if head == _MAGIC else _of_stream(source)
+        return [Extent(number, *extent) for number, extent in enumerate(found)], schema
     except ValueError as error:
         if isinstance(error, InvalidRequest):
             raise
         raise InvalidRequest(f"{name} is no Arrow IPC file or stream ({error}): leave it out of the pattern") from error
 
 
-def _of_file(source: Source) -> Iterator[tuple[int, int, int]]:
+_Found = tuple[pa.Schema, Iterator[tuple[int, int, int]]]
+
+
+def _of_file(source: Source) -> _Found:
     size = source.size_bytes
     tail = _bytes(source, max(0, size - _TAIL), size)
     length = int.from_bytes(tail[:4], "little")
     if tail[4:] != _MAGIC or not 0 < length <= size - _TAIL - len(_MAGIC):
         raise ValueError("its footer is missing: it was not written to its end")
-    footer = Table.root(memory.view(source.read_buffer(size - _TAIL - length, size - _TAIL)))
+    footer = source.read_buffer(size - _TAIL - length, size - _TAIL)
+    # Arrow looks for the footer at the end of a file, and for its schema nowhere else.
+    short = pa.BufferReader(b"".join((_MAGIC, b"\0\0", footer, tail)))
+    return _schema(lambda: pa.ipc.open_file(short).schema), _batches_of_file(source, Table.root(memory.view(footer)))
+
+
+def _batches_of_file(source: Source, footer: Table) -> Iterator[tuple[int, int, int]]:
     for start, metadata_bytes, body_bytes in footer.structs(3, _BLOCK):
         end = start + metadata_bytes + body_bytes
-        if not 0 <= start < end <= size or metadata_bytes < 0 or body_bytes < 0:
+        if not 0 <= start < end <= source.size_bytes or metadata_bytes < 0 or body_bytes < 0:
             raise ValueError("its footer names a batch outside of it")
         kind, rows, _ = _message(_bytes(source, start, start + metadata_bytes))
         if kind != _RECORD_BATCH:
@@ -62,7 +76,23 @@ def _of_file(source: Source) -> Iterator[tuple[int, int, int]]:
         yield rows, start, end
 
 
-def _of_stream(source: Source) -> Iterator[tuple[int, int, int]]:
+def _of_stream(source: Source) -> _Found:
+    messages = _messages(source)
+    head, _, _ = next(messages, (b"", 0, 0))
+    if not head:
+        raise ValueError("it has no schema")
+    return _schema(lambda: pa.ipc.read_schema(pa.py_buffer(head))), _batches_of_stream(messages)
+
+
+def _batches_of_stream(messages: Iterator[tuple[bytes, int, int]]) -> Iterator[tuple[int, int, int]]:
+    for head, start, end in messages:
+        kind, rows, _ = _message(head)
+        if kind == _RECORD_BATCH:
+            yield rows, start, end
+
+
+def _messages(source: Source) -> Iterator[tuple[bytes, int, int]]:
+    """The messages of a stream: each with its prefix and without its body, and the bytes of both."""
     start, size = 0, source.size_bytes
     while start < size:
         head = _bytes(source, start, min(start + _HEAD_BYTES, size))
@@ -74,13 +104,21 @@ def _of_stream(source: Source) -> Iterator[tuple[int, int, int]]:
             raise ValueError("it ends within a message")
         if prefix + length > len(head):
             head = _bytes(source, start, start + prefix + length)
-        kind, rows, body_bytes = _message(head[: prefix + length])
+        head = head[: prefix + length]
+        body_bytes = _message(head)[2]
         end = start + prefix + length + body_bytes
         if body_bytes < 0 or end > size:
             raise ValueError("it ends within a message")
-        if kind == _RECORD_BATCH:
-            yield rows, start, end
+        yield head, start, end
         start = end
+
+
+def _schema(read: Callable[[], pa.Schema]) -> pa.Schema:
+    """What Arrow reads from memory. Raises ValueError where it refuses."""
+    try:
+        return read()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _message(data: bytes) -> tuple[int, int, int]:

@@ -48,7 +48,8 @@ def members(name: str, file: IO[bytes]) -> Iterator[Member]:
     """The regular files of a tar, one after the other. Raises InvalidRequest where it is none, or is cut short."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as opened:
-            for info in opened:
+            while (info := opened.next()) is not None:
+                opened.members.clear()  # type: ignore[attr-defined] # documented; else it holds every one
                 if info.isreg():
                     yield Member(info.name, info.offset, info.offset_data, info.size)
     except tarfile.TarError as error:
