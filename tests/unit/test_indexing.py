@@ -57,10 +57,10 @@ class Watched(Room):
         return has_room
 
 
-def skim_of(data: bytes | Bytes, room: Room | None = None, **options: Any) -> Skim:
+def skim_of(data: bytes | Bytes, room: Room | None = None, aside: Bytes | None = None, **options: Any) -> Skim:
     source = data if isinstance(data, Bytes) else Bytes(data)
     settings: dict[str, Any] = {"ahead_bytes": 16, "weight": 1, "check": lambda: None} | options
-    return Skim("the-object", source, room or Room(1 << 30), **settings)
+    return Skim("the-object", source, aside or source, room or Room(1 << 30), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_objects_are_taken_some_at_a_time(cluster: MiniCluster, monkeypatch: pyt
 
     monkeypatch.setattr(indexing, "run_parallel", noting)
     build(cluster, PATTERNS[0], together=2)
-    assert taken == [2, 1], "the first one is by itself"
+    assert taken == [2, 2]
 
 
 def test_a_build_ends_within_an_object(cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +113,11 @@ def test_a_build_ends_within_an_object(cluster: MiniCluster, monkeypatch: pytest
         read.append(name)
         return real(name, source)
 
-    monkeypatch.setitem(indexing._READS, Selection.of_path(snapshot, PATTERNS[0]).format, indexing._Reads(closing))
+    selection = Selection.of_path(snapshot, PATTERNS[0])
+    monkeypatch.setattr(skim, "FOOT_BYTES", 512)
+    monkeypatch.setitem(indexing._READS, selection.format, indexing._Reads(closing))
     with pytest.raises(ClusterUnavailable, match="this process stops"):
-        indexing.build(opened, snapshot, Selection.of_path(snapshot, PATTERNS[0]), 1)
+        indexing.build(opened, snapshot, selection, 1, together=1)
     assert read == ["train/0.arrow"]
 
 
@@ -143,6 +145,82 @@ def test_a_small_object_is_one_read() -> None:
         extents, schema = arrow_ipc.examine("o", under_test)
     assert source.reads == [(0, len(source.data))]
     assert len(extents) == 3 and schema.names == ["id", "tokens", "text"]
+
+
+class Zeros(Bytes):
+    """An object of any size."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(b"")
+        self._size_bytes = size_bytes
+
+    @property
+    def size_bytes(self) -> int:
+        return self._size_bytes
+
+    def read_buffer(self, start: int, end: int) -> pa.Buffer:
+        self.reads.append((start, end))
+        return pa.py_buffer(bytes(end - start))
+
+
+NEAR, HEAD, FOOT = skim.NEAR_BYTES, skim.HEAD_BYTES, skim.FOOT_BYTES
+
+
+def test_heads_far_apart_are_read_aside_and_those_close_together_through_the_cache() -> None:
+    size = 400 * NEAR
+    through, aside = Zeros(size), Zeros(size)
+    far, near, far_again = range(0, 40 * NEAR, 2 * NEAR), range(50 * NEAR, 52 * NEAR, NEAR // 8), range(60, 90, 3)
+    with skim_of(through, aside=aside, ahead_bytes=100) as under_test:
+        under_test.read_buffer(size - 10, size)
+        for start in far:
+            under_test.read_buffer(start, start + 8)
+        assert not through.reads
+        assert aside.reads == [(size - FOOT, size), *((start, start + HEAD) for start in far)]
+        for start in near:
+            under_test.read_buffer(start, start + 8)
+        first = [start for start, _ in aside.reads if start in near]
+        assert first == list(near)[: skim.NEAR_READS], "so many to see it"
+        assert through.reads == [(start, start + 100) for start in near if start not in first]
+        through.reads.clear()
+        for start in far_again:
+            under_test.read_buffer(start * NEAR, start * NEAR + 8)
+        assert [start for start, _ in through.reads] == []
+        under_test.read_buffer(size - 500_000, size)
+        assert aside.reads[-1] == (size - 500_000, size), "a long footer"
+
+
+@pytest.mark.parametrize(("distance", "is_far"), [(NEAR, True), (NEAR - 1, False)])
+def test_several_heads_far_apart_are_read_at_once(distance: int, is_far: bool) -> None:
+    size, room = 100 * NEAR, Watched(1 << 30)
+    together = threading.Barrier(4)  # a read alone would wait for ever
+
+    class Meeting(Zeros):
+        def read_buffer(self, start: int, end: int) -> pa.Buffer:
+            if end < size:
+                together.wait(20)
+            return super().read_buffer(start, end)
+
+    through, aside = Zeros(size), Meeting(size)
+    spans = [(distance * number, distance * number + 300) for number in range(1, 9)]
+    with skim_of(through, room, aside=aside, ahead_bytes=100) as under_test:
+        under_test.read_buffer(size - 10, size)
+        found = under_test.read_several(spans)
+        assert [each.size for each in found] == [300] * 8
+        if is_far:
+            assert sorted(aside.reads) == [*spans, (size - FOOT, size)] and not through.reads
+            assert room.held_bytes == FOOT + 8 * 300
+        else:
+            assert through.reads == spans and len(aside.reads) == 1
+    assert room.held_bytes == 0
+
+
+@pytest.mark.parametrize(("size", "is_small"), [(NEAR, True), (NEAR + 1, False)])
+def test_a_small_object_is_read_through_the_cache(size: int, is_small: bool) -> None:
+    through, aside = Zeros(size), Zeros(size)
+    with skim_of(through, aside=aside) as under_test:
+        under_test.read_buffer(0, 6)
+        under_test.read_buffer(size - 10, size)
+    assert (len(through.reads), len(aside.reads)) == ((2, 0) if is_small else (0, 2))
 
 
 def test_who_waits_for_room_holds_nothing() -> None:

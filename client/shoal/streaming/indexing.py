@@ -25,6 +25,7 @@ from shoal.errors import ClusterUnavailable, DeadlineExceeded, ShoalError
 from shoal.parallel import run_parallel
 from shoal.reader import ObjectReader
 from shoal.snapshot import Snapshot
+from shoal.streaming import skim
 from shoal.streaming.formats import arrow_ipc, parquet, tar
 from shoal.streaming.formats.format import Format
 from shoal.streaming.formats.source import Extent, SourceFile
@@ -34,9 +35,7 @@ from shoal.streaming.skim import Room, Skim
 
 log = logging.getLogger(__name__)
 
-#: A head is read with the bytes after it, so many in all: one of a batch mostly is not longer.
-HEAD_BYTES = 4 << 10
-#: The same in tars, where the next head is often near.
+#: A tar whose members are small is read so many bytes at a time.
 TAR_AHEAD = 256 << 10
 #: A Parquet footer that Arrow has decoded takes five times its bytes (measured: 2,000 columns, 60 row groups).
 PARQUET_WEIGHT = 6
@@ -132,25 +131,33 @@ def build(
         if cluster.transport.is_closed:  # by a node that stops, which a long build must not keep
             raise ClusterUnavailable("an index of samples is not built to its end: this process stops")
 
+    first, schema = snapshot.path(int(rows[0])), None  # that one's, as soon as it is known
+
     def examined(row: int) -> tuple[Index, pa.Schema | None]:
+        """The part of one object, and its schema if that is still to be compared with the first one's."""
+        nonlocal schema
         check()
-        name, reader = snapshot.path(row), ObjectReader(cluster, snapshot, replicas, row, verify=True)
-        with Skim(name, reader, room, ahead_bytes=reads.ahead_bytes, weight=reads.weight, check=check) as skim:
-            extents, schema = reads.examine(name, skim)
-        return Index.of_runs([row], [extents]), schema
+        name = snapshot.path(row)
+        through, aside = (
+            ObjectReader(cluster, snapshot, replicas, row, verify=True, is_kept=is_kept) for is_kept in (True, False)
+        )
+        with Skim(name, through, aside, room, ahead_bytes=reads.ahead_bytes, weight=reads.weight, check=check) as it:
+            extents, found = reads.examine(name, it)
+        if name == first:
+            schema, found = found, None
+        elif schema is not None and found is not None:
+            check_schema(first, schema, name, found)
+            found = None
+        return Index.of_runs([row], [extents]), found
 
-    # The first one by itself: the columns of all others are compared with its, and then let go.
-    part, schema = examined(int(rows[0]))
-    first = snapshot.path(int(rows[0]))
-
-    def compared(row: int) -> Index:
-        part, other = examined(row)
-        if schema is not None and other is not None:
-            check_schema(first, schema, snapshot.path(row), other)
-        return part
-
-    groups = (rows[start : start + together].tolist() for start in range(1, len(rows), together))
-    parts = [part, *(Index.joined(run_parallel(compared, group)) for group in groups)]
+    parts = []
+    for start in range(0, len(rows), together):
+        group = rows[start : start + together].tolist()
+        several = run_parallel(examined, group)
+        for row, (_, other) in zip(group, several, strict=True):
+            if schema is not None and other is not None:
+                check_schema(first, schema, snapshot.path(row), other)
+        parts.append(Index.joined([part for part, _ in several]))
     return Index.joined(parts, schema.serialize().to_pybytes() if schema is not None else b"")
 
 
@@ -160,24 +167,28 @@ class _Reads:
 
     Attributes:
         examine: finds an object's runs, and its schema if the format has such a thing.
-        ahead_bytes, weight: see `Skim`.
+        ahead_bytes, weight: see `skim.Skim`.
     """
 
     examine: Callable[[str, Skim], tuple[list[Extent], pa.Schema | None]]
-    ahead_bytes: int = HEAD_BYTES
+    ahead_bytes: int = skim.HEAD_BYTES
     weight: int = 1
 
 
-def _parquet(name: str, skim: Skim) -> tuple[list[Extent], pa.Schema]:
-    return parquet.examine(name, pa.PythonFile(SourceFile(skim), mode="r"))
+def _arrow(name: str, it: Skim) -> tuple[list[Extent], pa.Schema]:
+    return arrow_ipc.examine(name, it, it.read_several)
 
 
-def _tar(name: str, skim: Skim) -> tuple[list[Extent], None]:
-    return tar.runs(name, SourceFile(skim)), None  # type: ignore[arg-type] # an IO[bytes] as far as tarfile reads
+def _parquet(name: str, it: Skim) -> tuple[list[Extent], pa.Schema]:
+    return parquet.examine(name, pa.PythonFile(SourceFile(it), mode="r"))
+
+
+def _tar(name: str, it: Skim) -> tuple[list[Extent], None]:
+    return tar.runs(name, SourceFile(it)), None  # type: ignore[arg-type] # an IO[bytes] as far as tarfile reads
 
 
 _READS: dict[Format, _Reads] = {
-    Format.ARROW: _Reads(arrow_ipc.examine),
+    Format.ARROW: _Reads(_arrow),
     Format.PARQUET: _Reads(_parquet, weight=PARQUET_WEIGHT),
     Format.TAR: _Reads(_tar, ahead_bytes=TAR_AHEAD),
 }

@@ -2,6 +2,8 @@
 
     foot     the last bytes come together, since a format reads there how long its footer is, and then the footer
     ahead    some bytes after those asked for come along, since the next head is often near
+    aside    what is read lies far apart, and nodes pass on what they do not have of it: they fill nothing
+    through  what is read lies close together, or the object is small: nodes fill the shards, for it is nearly all read
 
 The rule: what the skims of a build hold is bounded (`Room`), and a skim that waits for room holds nothing, so that one
 of them always goes on. An object that has more in one place than a node would hold is refused by its name.
@@ -10,7 +12,8 @@ of them always goes on. An object that has more in one place than a node would h
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -18,10 +21,17 @@ import pyarrow as pa
 
 from shoal import sizes
 from shoal.errors import InvalidRequest
+from shoal.parallel import run_parallel
 from shoal.streaming.formats.source import Source
 
 #: The last bytes of an object, as many as Arrow's Parquet reader asks for at first.
 FOOT_BYTES = 64 << 10
+#: Heads of which the next begins within so many bytes are read through the cache: a read aside costs as much.
+NEAR_BYTES = 1 << 20
+#: Reads that have to be so near to each other.
+NEAR_READS = 4
+#: Bytes that are read aside at a time, at least: the head of a batch, or of a tar's member, mostly is not longer.
+HEAD_BYTES = 4 << 10
 #: The longest footer, or head of a batch or a member, that is read; docs/streaming.md names it.
 MAX_BYTES = 64 << 20
 
@@ -63,9 +73,6 @@ class _Stretch:
     def __init__(self, start: int, data: pa.Buffer, held_bytes: int) -> None:
         self.start, self.data, self.held_bytes = start, data, held_bytes
 
-    def has(self, start: int, end: int) -> bool:
-        return self.start <= start and end <= self.start + self.data.size
-
 
 _NOTHING = _Stretch(0, pa.py_buffer(b""), 0)
 
@@ -75,21 +82,31 @@ class Skim:
 
     Args:
         name: of the object, for messages.
-        ahead_bytes: that are read at a time, at least.
+        through, aside: the object, and the same without that nodes keep what they have to fetch.
+        ahead_bytes: that are read through the cache at a time, at least.
         weight: bytes that the format holds, decoded ones too, for each that is read.
         check: called before each read; what it raises ends the skim.
     """
 
     def __init__(
-        self, name: str, source: Source, room: Room, *, ahead_bytes: int, weight: int, check: Callable[[], None]
+        self,
+        name: str,
+        through: Source,
+        aside: Source,
+        room: Room,
+        *,
+        ahead_bytes: int,
+        weight: int,
+        check: Callable[[], None],
     ) -> None:
-        self._name, self._source, self._room = name, source, room
+        self._name, self._through, self._aside, self._room = name, through, aside, room
         self._ahead_bytes, self._weight, self._check = ahead_bytes, weight, check
         self._foot = self._last = _NOTHING
+        self._starts: deque[int] = deque(maxlen=NEAR_READS)  # of the last reads that were not of the foot
 
     @property
     def size_bytes(self) -> int:
-        return self._source.size_bytes
+        return self._through.size_bytes
 
     def read_buffer(self, start: int, end: int) -> pa.Buffer:
         """Bytes [start, end), cut at the object's end. They count as held until another read takes their place.
@@ -98,39 +115,86 @@ class Skim:
             InvalidRequest: they are more than `MAX_BYTES`.
             ShoalError: as the source does.
         """
+        starts = self._starts
+        is_near = len(starts) == NEAR_READS and 0 <= start - starts[0] < NEAR_READS * NEAR_BYTES
+        return self._get(start, end, is_near=is_near)
+
+    def read_several(self, spans: Sequence[tuple[int, int]]) -> list[pa.Buffer]:
+        """Ranges [start, end) of the object: far apart they are read at once. They count as held until the next read.
+
+        Raises: as `read_buffer`.
+        """
+        if len(spans) == 1:
+            return [self.read_buffer(*spans[0])]
+        distance = (spans[-1][0] - spans[0][0]) // (len(spans) - 1)
+        if distance < NEAR_BYTES or self.size_bytes <= NEAR_BYTES:
+            return [self._get(start, end, is_near=True) for start, end in spans]
+        found = {span: self._known(*span) for span in spans}
+        missing = [span for span, known in found.items() if known is None]
+        for start, end in missing:
+            self._check_length(end - start)
+
+        def read(span: tuple[int, int]) -> pa.Buffer:
+            self._check()
+            return self._aside.read_buffer(*span)
+
+        self._room.give_back(self._last.held_bytes)
+        self._last = _NOTHING
+        held_bytes = self._weight * sum(end - start for start, end in missing)
+        self._take(held_bytes)
+        self._last = _Stretch(0, _NOTHING.data, held_bytes)
+        found.update(zip(missing, run_parallel(read, missing), strict=True))
+        return [found[span] for span in spans]
+
+    def _get(self, start: int, end: int, *, is_near: bool) -> pa.Buffer:
         size = self.size_bytes
         end = min(end, size)
-        if end - start > MAX_BYTES:
-            raise InvalidRequest(
-                f"{self._name} has {sizes.format(end - start)} of footer or header in one piece, and an index is made "
-                f"of at most {sizes.format(MAX_BYTES)}: write it with fewer columns, row groups or batches a file, or "
-                "leave it out of the pattern"
-            )
-        for known in (self._last, self._foot):
-            if known.has(start, end):
-                return known.data.slice(start - known.start, end - start)
+        self._check_length(end - start)
+        known = self._known(start, end)
+        if known is not None:
+            return known
+        is_small = size <= NEAR_BYTES
         if end > size - FOOT_BYTES:
             first = max(0, min(start, size - FOOT_BYTES))
             self._room.give_back(self._foot.held_bytes)
             self._foot = _NOTHING
-            found = self._foot = self._read(first, size)
+            found = self._foot = self._read(self._through if is_small else self._aside, first, size)
         else:
             self._room.give_back(self._last.held_bytes)
             self._last = _NOTHING
-            found = self._last = self._read(start, max(end, min(start + self._ahead_bytes, size)))
+            self._starts.append(start)
+            source, ahead = (self._through, self._ahead_bytes) if is_near or is_small else (self._aside, HEAD_BYTES)
+            found = self._last = self._read(source, start, max(end, min(start + ahead, size)))
         return found.data.slice(start - found.start, end - start)
 
-    def _read(self, start: int, end: int) -> _Stretch:
+    def _known(self, start: int, end: int) -> pa.Buffer | None:
+        for each in (self._last, self._foot):
+            if each.start <= start and end <= each.start + each.data.size:
+                return each.data.slice(start - each.start, end - start)
+        return None
+
+    def _check_length(self, length: int) -> None:
+        if length > MAX_BYTES:
+            raise InvalidRequest(
+                f"{self._name} has {sizes.format(length)} of footer or header in one piece, and an index is made of at "
+                f"most {sizes.format(MAX_BYTES)}: write it with fewer columns, row groups or batches a file, or leave "
+                "it out of the pattern"
+            )
+
+    def _read(self, source: Source, start: int, end: int) -> _Stretch:
         held_bytes = self._weight * (end - start)
-        if not self._room.take(held_bytes, waits=False):
-            self._let_go()
-            self._room.take(held_bytes, waits=True)
+        self._take(held_bytes)
         try:
             self._check()
-            return _Stretch(start, self._source.read_buffer(start, end), held_bytes)
+            return _Stretch(start, source.read_buffer(start, end), held_bytes)
         except BaseException:
             self._room.give_back(held_bytes)
             raise
+
+    def _take(self, size_bytes: int) -> None:
+        if not self._room.take(size_bytes, waits=False):
+            self._let_go()
+            self._room.take(size_bytes, waits=True)
 
     def _let_go(self) -> None:
         self._room.give_back(self._foot.held_bytes + self._last.held_bytes)
