@@ -1,6 +1,6 @@
 """Opening a stream on cold data: the index takes few of the origin's bytes and fills nothing; the epoch then reads all.
 
-Where the heads lie close together nearly all would be read anyway, so there the opening fills what the epoch reads.
+Where the heads lie close together one by one takes longer than all, so there the opening fills what the epoch reads.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def test_it_reads_little_fills_nothing_and_the_epoch_reads_all_once(tmp_path: Pa
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", NEAR)
-def test_where_nearly_all_is_read_it_is_filled(tmp_path: Path, kind: str) -> None:
+def test_where_heads_lie_close_together_it_is_filled(tmp_path: Path, kind: str) -> None:
     objects = NEAR[kind]()
     with start(tmp_path, objects) as cluster:
         stream = opened_on(cluster)

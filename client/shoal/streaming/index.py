@@ -64,15 +64,16 @@ class Index:
         return int((self.ends - self.starts).sum())
 
     @classmethod
-    def of_runs(cls, rows: Iterable[int], runs: Iterable[Sequence[Extent]], schema: bytes = b"") -> Index:
+    def of_runs(cls, rows: Iterable[int], runs: Iterable[Iterable[Extent]], schema: bytes = b"") -> Index:
         """The index of objects whose runs are known; runs without samples are left out."""
-        table = [
-            (row, extent.number, extent.samples, extent.start, extent.end)
+        numbers = (  # one by one: as lists they would take several times the room
+            number
             for row, extents in zip(rows, runs, strict=True)
             for extent in extents
             if extent.samples
-        ]
-        columns = np.array(table, np.int64).reshape(-1, len(_FIELDS)).T
+            for number in (row, extent.number, extent.samples, extent.start, extent.end)
+        )
+        columns = np.fromiter(numbers, np.int64).reshape(-1, len(_FIELDS)).T
         return cls([column.copy() for column in columns], schema)
 
     @classmethod

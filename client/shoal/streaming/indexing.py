@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from urllib.parse import quote_plus, urlencode
@@ -142,13 +142,14 @@ def build(
             ObjectReader(cluster, snapshot, replicas, row, verify=True, is_kept=is_kept) for is_kept in (True, False)
         )
         with Skim(name, through, aside, room, ahead_bytes=reads.ahead_bytes, weight=reads.weight, check=check) as it:
-            extents, found = reads.examine(name, it)
+            found, extents = reads.examine(name, it)
+            part = Index.of_runs([row], [extents])
         if name == first:
             schema, found = found, None
         elif schema is not None and found is not None:
             check_schema(first, schema, name, found)
             found = None
-        return Index.of_runs([row], [extents]), found
+        return part, found
 
     parts = []
     for start in range(0, len(rows), together):
@@ -166,25 +167,25 @@ class _Reads:
     """How objects of a format are read for an index.
 
     Attributes:
-        examine: finds an object's runs, and its schema if the format has such a thing.
+        examine: finds an object's schema, if the format has such a thing, and its runs.
         ahead_bytes, weight: see `skim.Skim`.
     """
 
-    examine: Callable[[str, Skim], tuple[list[Extent], pa.Schema | None]]
+    examine: Callable[[str, Skim], tuple[pa.Schema | None, Iterable[Extent]]]
     ahead_bytes: int = skim.HEAD_BYTES
     weight: int = 1
 
 
-def _arrow(name: str, it: Skim) -> tuple[list[Extent], pa.Schema]:
+def _arrow(name: str, it: Skim) -> tuple[pa.Schema, Iterable[Extent]]:
     return arrow_ipc.examine(name, it, it.read_several)
 
 
-def _parquet(name: str, it: Skim) -> tuple[list[Extent], pa.Schema]:
+def _parquet(name: str, it: Skim) -> tuple[pa.Schema, Iterable[Extent]]:
     return parquet.examine(name, pa.PythonFile(SourceFile(it), mode="r"))
 
 
-def _tar(name: str, it: Skim) -> tuple[list[Extent], None]:
-    return tar.runs(name, SourceFile(it)), None  # type: ignore[arg-type] # an IO[bytes] as far as tarfile reads
+def _tar(name: str, it: Skim) -> tuple[None, Iterable[Extent]]:
+    return None, tar.extents(name, SourceFile(it))  # type: ignore[arg-type] # an IO[bytes] as far as tarfile reads
 
 
 _READS: dict[Format, _Reads] = {

@@ -3,7 +3,8 @@
     foot     the last bytes come together, since a format reads there how long its footer is, and then the footer
     ahead    some bytes after those asked for come along, since the next head is often near
     aside    what is read lies far apart, and nodes pass on what they do not have of it: they fill nothing
-    through  what is read lies close together, or the object is small: nodes fill the shards, for it is nearly all read
+    through  it lies close together, or the object is small: nodes fill the shards, which takes no longer, and the epoch
+             that comes reads them
 
 The rule: what the skims of a build hold is bounded (`Room`), and a skim that waits for room holds nothing, so that one
 of them always goes on. An object that has more in one place than a node would hold is refused by its name.
@@ -26,7 +27,8 @@ from shoal.streaming.formats.source import Source
 
 #: The last bytes of an object, as many as Arrow's Parquet reader asks for at first.
 FOOT_BYTES = 64 << 10
-#: Heads of which the next begins within so many bytes are read through the cache: a read aside costs as much.
+#: Heads of which the next begins within so many bytes are read through the cache: one aside takes as long as so many
+#: bytes of a fill (measured: docs/streaming.md).
 NEAR_BYTES = 1 << 20
 #: Reads that have to be so near to each other.
 NEAR_READS = 4

@@ -7,6 +7,7 @@ from one to the next, over the bodies.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
@@ -29,11 +30,11 @@ Several = Callable[[Sequence[tuple[int, int]]], Sequence[pa.Buffer]]
 
 def runs(name: str, source: Source) -> list[Extent]:
     """The record batches of an IPC file or stream. Raises as `examine`."""
-    return examine(name, source)[0]
+    return list(examine(name, source)[1])
 
 
-def examine(name: str, source: Source, several: Several | None = None) -> tuple[list[Extent], pa.Schema]:
-    """The record batches of an IPC file or stream, and its schema.
+def examine(name: str, source: Source, several: Several | None = None) -> tuple[pa.Schema, Iterator[Extent]]:
+    """The schema of an IPC file or stream, and its record batches, which are found while they are asked for.
 
     Args:
         name: for messages.
@@ -43,10 +44,23 @@ def examine(name: str, source: Source, several: Several | None = None) -> tuple[
         InvalidRequest: it is neither, or damaged.
         ShoalError: as the source does.
     """
-    try:
+    with _naming(name):
         head = _bytes(source, 0, min(len(_MAGIC), source.size_bytes))
         schema, found = _of_file(source, several) if head == _MAGIC else _of_stream(source)
-        return [Extent(number, *extent) for number, extent in enumerate(found)], schema
+    return schema, _extents(name, found)
+
+
+def _extents(name: str, found: Iterator[tuple[int, int, int]]) -> Iterator[Extent]:
+    with _naming(name):
+        for number, extent in enumerate(found):
+            yield Extent(number, *extent)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """What is wrong with an object, as an error that names it."""
+    try:
+        yield
     except ValueError as error:
         if isinstance(error, InvalidRequest):
             raise
