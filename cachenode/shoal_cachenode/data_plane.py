@@ -5,6 +5,7 @@
     moves here               a reader that takes the name of who has it gets that; else it is relayed from there
     another node's shard     relayed from its owner; nothing is stored. Owners that are silent, to this node or
                              to the asker, are passed over
+    no-store                 from the fill that runs, else passed through: nothing is filled for it
     else                     one fill, many readers: parts are sent as they come, the wanted ones first
     no room, or a sick disk  passed through from where the fill would read
 
@@ -45,7 +46,7 @@ from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import Buffer, FileSlice, Request, Response
 from shoal.wire.places import format_places
 from shoal_cachenode.disk import DiskStalls
-from shoal_cachenode.fill import Fill
+from shoal_cachenode.fill import Fill, NotNeeded
 from shoal_cachenode.library import Knowledge, ShardSpec, find_shard
 from shoal_cachenode.node import CacheNode
 from shoal_cachenode.scheduler import DiskFailed, Urgency
@@ -105,8 +106,11 @@ class DataPlane:
             return Response(wanted.status, {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}, length=length)
         if "shoal-suspect" in request.headers:
             await self.node.check(spec.key)
-        only_cached = request.headers.get("cache-control") == "only-if-cached"
-        if not only_cached:  # which is no reader, but a node that takes over
+        directives = shard_client.directives(request.headers)
+        only_cached = "only-if-cached" in directives
+        if "no-store" in directives:  # which reads a few bytes to know what there is
+            self.node.usage.used(spec.dataset.record.name)
+        elif not only_cached:  # which is no reader, but a node that takes over
             self.node.usage.read(spec.dataset.record.name, spec.key)
         while True:
             try:
@@ -115,7 +119,7 @@ class DataPlane:
                 log.debug("shard %s is not read from the drive: %s", spec.key.hex(), error)
                 if only_cached:
                     raise NotCached(f"shard {spec.key.hex()} cannot be read here now") from error
-                status, body = await self._passed(spec, wanted)
+                status, body = await self._passed(spec, wanted, Asker.of(request))
                 headers = {"Content-Type": BINARY, "Cache-Status": status, **wanted.headers(spec.size_bytes)}
                 return Response(wanted.status, headers, body, length=length)
             if file is not None:
@@ -218,13 +222,16 @@ class DataPlane:
             return None
         return file
 
-    async def _source_past(self, spec: ShardSpec) -> Source:
+    async def _source_past(self, spec: ShardSpec, *, is_kept: bool = True) -> Source:
         """Where a fill would read, for bytes that go past this node's drive."""
-        return await asyncio.to_thread(partial(self.node.source, spec, self.node.order(spec), waits=True))
+        order = self.node.order(spec)
+        return await asyncio.to_thread(partial(self.node.source, spec, order, waits=True, is_kept=is_kept))
 
-    async def _passed(self, spec: ShardSpec, wanted: ByteRange) -> tuple[str, Body]:
+    async def _passed(self, spec: ShardSpec, wanted: ByteRange, asker: Asker) -> tuple[str, Body]:
         """As `unsealed`, past this node's drive."""
-        source = await self._source_past(spec)
+        if not asker.is_kept:  # as a fill does; else each of many small reads would ask around who has the shard
+            await self.node.whereabouts.settle(spec.snapshot.digest)
+        source = await self._source_past(spec, is_kept=asker.is_kept)
         body = await _begun(self._through(spec, source, wanted.start, wanted.end))
         return cache_status.missed(from_origin=source.needs_origin), body
 
@@ -241,7 +248,8 @@ class DataPlane:
         """The fill of a shard that is not here and is this node's to fill, else None. Raises as `CacheNode.fill`."""
         order = self.node.order(spec)
         rank = self.node.rank(order)
-        if rank is None or rank >= spec.dataset.record.replicas or self.node.store.is_sealed(spec.key):
+        is_owner = rank is not None and rank < spec.dataset.record.replicas
+        if not is_owner or not asker.is_kept or self.node.store.is_sealed(spec.key):
             return None
         return await self.node.fill(spec, order, Urgency.DEMAND, avoid=asker.avoid)
 
@@ -268,18 +276,25 @@ class DataPlane:
             return cache_status.FROM_PEER, body
         while True:
             try:
-                fill = await self.node.fill(spec, order, Urgency.DEMAND, wanted.start, asker.avoid)
+                if asker.is_kept:
+                    fill = await self.node.fill(spec, order, Urgency.DEMAND, wanted.start, asker.avoid)
+                else:
+                    running = self.node.fills.running(spec.key)
+                    if running is None:
+                        return await self._passed(spec, wanted, asker)
+                    fill = running
             except (StoreFull, DiskFailed) as error:
                 log.info("shard %s passes through: %s", spec.key.hex(), error)
-                return await self._passed(spec, wanted)
+                return await self._passed(spec, wanted, asker)
             is_here = fill.has(self._parts(wanted))
             try:
                 body = await _begun(self._from_fill(spec, fill, wanted.start, wanted.end))
                 if is_here:
                     return cache_status.HIT, body
                 return cache_status.missed(from_origin=fill.needs_origin), body
-            except NobodyHasIt as error:  # a move that this read joined; the next fill asks the origin too
-                log.info("shard %s is filled anew: %s", spec.key.hex(), error)
+            except (NobodyHasIt, NotNeeded) as error:
+                # A move that this read joined, or what a stream needed until now; from here on the origin is asked.
+                log.info("shard %s is read anew: %s", spec.key.hex(), error)
 
     def _parts(self, wanted: ByteRange) -> range:
         part_size = self.node.config.part_size
@@ -299,7 +314,9 @@ class DataPlane:
         for node in order if rank is None else order[:rank]:
             if self.node.is_avoided(node, asker.avoid):
                 continue
-            source = self.node.peer(node, spec, cached_only=False, avoid=asker.avoid, until=asker.until)
+            source = self.node.peer(
+                node, spec, cached_only=False, avoid=asker.avoid, until=asker.until, is_kept=asker.is_kept
+            )
             try:
                 return await _begun(self._through(spec, source, wanted.start, wanted.end))
             except (Unavailable, Overloaded, SnapshotNotFound, ShardCorrupt) as error:
@@ -450,18 +467,21 @@ class Asker:
         is_node: another node, which relays already: this one must answer by itself.
         avoid: nodes that do not answer the asker.
         until: `time.monotonic` at which it does not wait any more.
+        is_kept: nodes are to keep what they fetch for it (`shard_client.NO_STORE`).
     """
 
     is_node: bool
     avoid: frozenset[str]
     until: float
+    is_kept: bool
 
     @classmethod
     def of(cls, request: Request) -> Asker:
         """Raises InvalidRequest where its time limit is none."""
         text = request.headers.get("shoal-timeout")
         until = math.inf if text is None else time.monotonic() + parse_timeout(text)
-        return cls("via" in request.headers, shard_client.avoided(request.headers), until)
+        is_kept = "no-store" not in shard_client.directives(request.headers)
+        return cls("via" in request.headers, shard_client.avoided(request.headers), until, is_kept)
 
 
 def parse_timeout(text: str) -> float:

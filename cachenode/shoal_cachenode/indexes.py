@@ -6,10 +6,11 @@
     a sick drive     it is kept in memory, and what lies on the drive is built anew
 
 The node reads the heads and feet of objects as any client does, from itself and its peers, so they are fetched from the
-origin once. Files lie in ``indexes/``, named after their snapshot and a hash of their selection.
+origin once. Files lie in ``indexes/``, named after their snapshot and a hash of their selection; their times of
+modification say when they were last sent, and those that were sent longest ago go first.
 
 The rule: an index is checked against its own digest before this process sends it for the first time; a damaged one is
-built anew.
+built anew. What builds hold, and what is kept, is bounded.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ from shoal.streaming import indexing
 from shoal.streaming.formats.format import Format
 from shoal.streaming.index import Index
 from shoal.streaming.selection import Selection
+from shoal.streaming.skim import Room
+from shoal.threads import Threads
 from shoal.wire.http_messages import FileSlice
 from shoal_cachenode.data_directory import write_atomically
 from shoal_cachenode.disk import Disk, DiskStalls
@@ -50,7 +52,8 @@ WAIT_S = 2.0
 #: Why an index could not be built is remembered for so long, of so many at most.
 FAILURE_S = 10.0
 FAILURES_KEPT = 256
-#: Of all files together; those that were built first go first.
+#: Files that are kept, and their bytes. The newest is kept whatever its size.
+MAX_FILES = 256
 LIMIT_BYTES = 1 << 30
 #: The same of indexes that the drive did not take. The newest is kept whatever its size.
 MEMORY_BYTES = 64 << 20
@@ -74,6 +77,7 @@ class Indexes:
 
     Attributes:
         builds: that were begun.
+        kept_bytes: of the files.
     """
 
     def __init__(
@@ -91,9 +95,11 @@ class Indexes:
         for left_over in self._directory.glob("*.new"):
             with contextlib.suppress(OSError):
                 left_over.unlink()
+        self.kept_bytes = sum(size_bytes for _, size_bytes, _ in self._files())
         self._disk = disk
         self._address, self._snapshot, self._replicas, self._is_served = address, snapshot, replicas, is_served
-        self._threads = ThreadPoolExecutor(BUILDS, thread_name_prefix="index")
+        self._threads = Threads(BUILDS, "index")  # a build waits for an origin, and no exit waits for a build
+        self._room = Room(indexing.HELD_BYTES)
         self._building: dict[str, asyncio.Task[None]] = {}
         self._failures: dict[str, tuple[ShoalError, float]] = {}
         self._checked: dict[str, str] = {}  # digests of files that are whole, by the selection's key
@@ -148,7 +154,7 @@ class Indexes:
         if digest is None:
             return None
         try:
-            body = await self._disk.run(_open, self._path(selection), discard=FileSlice.done)
+            body = await self._disk.run(_use, self._path(selection), discard=FileSlice.done)
         except (OSError, DiskStalls) as error:
             log.warning("an index of samples is built anew: %s", error)
             self._checked.pop(key, None)
@@ -164,11 +170,11 @@ class Indexes:
                 self._checked[key] = kept
                 return
             snapshot = await self._snapshot(selection.digest)
-            run = asyncio.get_running_loop().run_in_executor
-            digest, data = await run(self._threads, self._build, snapshot, selection, replicas)
+            building = self._threads.submit(self._build, snapshot, selection, replicas)
+            digest, data = await asyncio.wrap_future(building)
             try:
-                await self._disk.run(self._keep, path, data)
-                self._checked[key] = digest
+                left = await self._disk.run(self._keep, path, data)
+                self._checked = {each: known for each, known in self._checked.items() if each in left} | {key: digest}
                 return
             except DiskStalls:
                 pass
@@ -193,10 +199,17 @@ class Indexes:
     async def _kept(self, path: Path, selection: Selection) -> str | None:
         """The digest of the index that the file is; None where it is not whole, or the drive does not say."""
         try:
-            return await self._disk.run(_check, path, selection)
+            return await self._disk.run(self._look, path, selection)
         except (OSError, DiskStalls) as error:
             log.warning("an index of samples is built anew, the drive does not give it: %s", error)
             return None
+
+    def _look(self, path: Path, selection: Selection) -> str | None:
+        """As `_kept`. In a thread."""
+        digest = _check(path, selection)
+        if digest is None:
+            self.kept_bytes = sum(size_bytes for _, size_bytes, _ in self._files())
+        return digest
 
     def _build(self, snapshot: Snapshot, selection: Selection, replicas: int) -> tuple[str, bytes]:
         """Its digest and bytes. In a thread."""
@@ -205,25 +218,37 @@ class Indexes:
             self.builds += 1
             if self._cluster is None:
                 self._cluster = Cluster(self._address(), use_local=False)
-        index = indexing.build(self._cluster, snapshot, selection, replicas)
+        index = indexing.build(self._cluster, snapshot, selection, replicas, room=self._room)
         return index.digest, index.to_buffer(selection).to_pybytes()
 
-    def _keep(self, path: Path, data: bytes) -> None:
-        """Write it, and remove those of snapshots that are gone and those that are too many. In a thread."""
+    def _keep(self, path: Path, data: bytes) -> set[str]:
+        """Write it, and remove those of snapshots that are gone and those that are too many. In a thread.
+
+        Returns:
+            The keys of the selections whose files are left.
+        """
         write_atomically(path, data)
-        files = []
-        for file in self._directory.glob("*.arrow"):
-            if self._is_served(file.name.partition("-")[0]):
-                with contextlib.suppress(FileNotFoundError):
-                    state = file.stat()
-                    files.append((state.st_mtime_ns, state.st_size, file))
+        left: dict[Path, int] = {}  # from the one that was used longest ago
+        for _, size_bytes, file in sorted(self._files(), key=lambda each: (each[2] == path, each)):
+            if file == path or self._is_served(file.name.partition("-")[0]):
+                left[file] = size_bytes
             else:
                 file.unlink(missing_ok=True)
-        total_bytes = sum(size for _, size, _ in files)
-        for _, size, file in sorted(files):
-            if total_bytes > LIMIT_BYTES and file != path:
-                file.unlink(missing_ok=True)
-                total_bytes -= size
+        self.kept_bytes = sum(left.values())
+        while len(left) > 1 and (len(left) > MAX_FILES or self.kept_bytes > LIMIT_BYTES):
+            oldest = next(iter(left))
+            oldest.unlink(missing_ok=True)
+            self.kept_bytes -= left.pop(oldest)
+        return {file.stem.partition("-")[2] for file in left}
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """When each was last used (its time of modification), its bytes, and where it lies."""
+        found = []
+        for file in self._directory.glob("*.arrow"):
+            with contextlib.suppress(FileNotFoundError):
+                state = file.stat()
+                found.append((state.st_mtime_ns, state.st_size, file))
+        return found
 
     async def close(self) -> None:
         tasks = list(self._building.values())
@@ -231,8 +256,8 @@ class Indexes:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._cluster is not None:
-            self._cluster.transport.close()  # a build ends at its next object
-        self._threads.shutdown(wait=False, cancel_futures=True)
+            self._cluster.transport.close()  # a build ends at its next read
+        self._threads.close()
 
 
 def parse(digest: str, pattern: str, kind: str) -> Selection:
@@ -254,9 +279,11 @@ def parse(digest: str, pattern: str, kind: str) -> Selection:
     return Selection(digest, pattern, found)
 
 
-def _open(path: Path) -> FileSlice:
-    """Raises OSError."""
+def _use(path: Path) -> FileSlice:
+    """The file, whose last use is now. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):  # a drive that takes no writes gives what it has
+        os.utime(fd)
     return FileSlice(fd, 0, os.fstat(fd).st_size, lambda: os.close(fd))
 
 

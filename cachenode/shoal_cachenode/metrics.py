@@ -124,6 +124,7 @@ class NodeCollector(Collector):
                 "Bytes of shards that they will read and that are not sealed here.",
                 node.streams.missing_bytes,
             ),
+            "shoal_node_index_bytes": ("Bytes of indexes of samples on the drive.", node.indexes.kept_bytes),
             "shoal_node_connections": ("Open data connections.", self._server.open_connections),
             "shoal_node_silent_peers": (
                 "Other processes that do not answer this node.",

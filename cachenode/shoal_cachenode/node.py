@@ -264,6 +264,7 @@ class CacheNode:
         *,
         waits: bool = False,
         is_move: bool = False,
+        is_kept: bool = True,
     ) -> Source:
         """Where a fill of `spec` here reads: owners before this one, then whoever may still hold it, then the origin.
 
@@ -271,6 +272,7 @@ class CacheNode:
             avoid: nodes that did not answer whoever asks.
             waits: for room in the origin's budget, in the thread that reads; else `OriginBusy` is raised.
             is_move: from peers that have it, and from nobody else.
+            is_kept: those owners are to keep what they have to fetch themselves.
 
         May block while the origin is opened.
         """
@@ -278,7 +280,9 @@ class CacheNode:
         rank = self.rank(order)
         before = order[: min(rank, replicas)] if rank is not None and not is_move else ()
         peers = [
-            self.peer(node, spec, cached_only=False, avoid=avoid) for node in before if not self.is_avoided(node, avoid)
+            self.peer(node, spec, cached_only=False, avoid=avoid, is_kept=is_kept)
+            for node in before
+            if not self.is_avoided(node, avoid)
         ]
         others = [
             node
@@ -311,9 +315,12 @@ class CacheNode:
         avoid: frozenset[str] = shard_client.NOBODY,
         until: float = math.inf,
         counter: Counter | None = None,
+        is_kept: bool = True,
     ) -> PeerSource:
         counter = counter or self.counters.peer_bytes
-        return PeerSource(self.transport, node.address, spec.at, self.id, cached_only, counter, avoid, until)
+        return PeerSource(
+            self.transport, node.address, spec.at, self.id, cached_only, counter, avoid, until, is_kept=is_kept
+        )
 
     def budget_of(self, dataset: str) -> OriginBudget:
         """What may be asked of a dataset's origin at a time."""

@@ -84,6 +84,7 @@ class PeerSource:
         avoid: nodes that it is told to avoid.
         until: `time.monotonic` at which nobody waits any more.
         is_hasty: others can be asked instead, so that the first sign of trouble is enough.
+        is_kept: the peer is to keep what it has to fetch itself.
     """
 
     transport: Transport
@@ -95,6 +96,7 @@ class PeerSource:
     avoid: frozenset[str] = shard_client.NOBODY
     until: float = math.inf
     is_hasty: bool = True
+    is_kept: bool = True
 
     @property
     def needs_origin(self) -> bool:
@@ -107,6 +109,8 @@ class PeerSource:
         headers = {"Via": f"1.1 {self.node_id}", **shard_client.avoiding(self.avoid)}
         if self.cached_only:
             headers |= shard_client.ONLY_IF_CACHED
+        elif not self.is_kept:
+            headers |= shard_client.NO_STORE
         # pyarrow's pool reuses pages; a fresh bytearray would fault in each of them anew.
         view = memory.view(memory.allocate(end - start))
         watch = Watch(self.transport, self.address, until=self.until, is_hasty=self.is_hasty)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+
+from shoal.threads import Threads
 
 
 class Turns:
@@ -28,7 +29,7 @@ class Turns:
     def __init__(self, threads: int, share: int, *, name: str) -> None:
         self._free = threads
         self._share = share
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._threads = Threads(threads, name)  # they wait for origins, and no exit for them
         self._running = Counter[str]()
         #: By dataset, the one whose turn is next first; each in the order in which it came.
         self._waiting: dict[str, dict[asyncio.Future[None], Callable[[], None]]] = {}
@@ -50,12 +51,12 @@ class Turns:
         return turn.cancel()
 
     def close(self) -> None:
-        """What runs goes on; nothing else begins."""
+        """What runs goes on, as long as the process does; nothing else begins."""
         for waiting in self._waiting.values():
             for turn in waiting:
                 turn.cancel()
         self._waiting.clear()
-        self._threads.shutdown(wait=False)
+        self._threads.close()
 
     def _go_on(self) -> None:
         while self._free:
@@ -69,7 +70,7 @@ class Turns:
                 self._waiting[dataset] = waiting  # last now: the next thread is another's
             self._free -= 1
             self._running[dataset] += 1
-            job = asyncio.get_running_loop().run_in_executor(self._threads, work)
+            job = asyncio.wrap_future(self._threads.submit(work))
             job.add_done_callback(partial(self._ended, dataset, turn))
 
     def _ended(self, dataset: str, turn: asyncio.Future[None], job: asyncio.Future[None]) -> None:
@@ -77,6 +78,9 @@ class Turns:
         self._running[dataset] -= 1
         if not self._running[dataset]:
             del self._running[dataset]
+        if job.cancelled():  # by `close`, before a thread had it
+            turn.cancel()
+            return
         failure = job.exception()
         if failure is None:
             turn.set_result(None)

@@ -77,6 +77,7 @@ class PieceRead:
     Args:
         candidates_of: from a shard's index to whom to ask, in order, under the newest map.
         until: `time.monotonic` at which the caller's time is over.
+        headers: further ones of each request.
     """
 
     __slots__ = (
@@ -84,6 +85,7 @@ class PieceRead:
         "_candidates_of",
         "_cluster",
         "_cut",
+        "_headers",
         "_hedged",
         "_is_hasty",
         "_piece",
@@ -103,7 +105,9 @@ class PieceRead:
         candidates_of: Callable[[int], Iterable[Node]],
         until: float,
         verify: bool,
+        headers: Mapping[str, str],
     ) -> None:
+        self._headers = headers
         self._cluster = cluster
         self._shard = shard
         self._piece = piece
@@ -163,7 +167,7 @@ class PieceRead:
                 self._cluster.transport.get(
                     self._cluster.address_of(node),
                     self._shard.target,
-                    {"Range": f"bytes={self._cut}-{self._cut}", **shard_client.time_left(self.until)},
+                    {"Range": f"bytes={self._cut}-{self._cut}", **self._headers, **shard_client.time_left(self.until)},
                     is_hasty=True,
                 )
                 return
@@ -212,6 +216,8 @@ class PieceRead:
         """From `node`, or from whoever was faster. Raises `shard_client.HeldBy` where `headers` ask for it."""
         cluster, piece, target = self._cluster, self._piece, self._target
         observation, since = provenance.current(), 0.0
+        if self._headers:
+            headers = {**self._headers, **headers}
         left_s = self.until - time.monotonic()
         if left_s < READ_TIMEOUT_S or cluster.transport.health.circuits:
             headers = {**headers, **self._hints(node, left_s)}

@@ -16,12 +16,12 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import pyarrow as pa
 import tenacity
 
-from shoal import memory, provenance, shards
+from shoal import memory, provenance, shard_client, shards
 from shoal.cluster import Cluster
 from shoal.cluster_map import Node
 from shoal.direct import DirectOrigin
@@ -48,6 +48,8 @@ STREAM_BYTES = 4 * PART_SIZE
 MAX_STREAMS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
 
+_AS_USUAL: Mapping[str, str] = {}
+
 #: Seconds that a read may take in all, unless the storage option ``timeout`` says otherwise.
 TIMEOUT_S = 300.0
 
@@ -58,6 +60,7 @@ class ObjectReader:
     Args:
         timeout_s: of one read, all failures and second tries included.
         direct: the dataset's origin, where this process may read it when no node answers.
+        is_kept: nodes are to keep what they fetch for it. Else they pass on what they do not have, and just that.
 
     Attributes:
         row: of the object in the snapshot.
@@ -68,6 +71,7 @@ class ObjectReader:
         "_cluster",
         "_direct",
         "_first_shard",
+        "_headers",
         "_replicas",
         "_shard_size",
         "_snapshot",
@@ -87,7 +91,9 @@ class ObjectReader:
         verify: bool,
         timeout_s: float = TIMEOUT_S,
         direct: DirectOrigin | None = None,
+        is_kept: bool = True,
     ) -> None:
+        self._headers = _AS_USUAL if is_kept else shard_client.NO_STORE
         self.timeout_s = timeout_s
         self._direct = direct
         self.row = row
@@ -237,7 +243,7 @@ class ObjectReader:
             ShoalError: nobody gives the bytes, or a failure that another node would repeat.
         """
         shard = self.shard(piece.index)
-        read = PieceRead(self._cluster, shard, piece, target, self.candidates, until, self._verify)
+        read = PieceRead(self._cluster, shard, piece, target, self.candidates, until, self._verify, self._headers)
         try:
             return self._unless_overloaded(read, until)
         except DeadlineExceeded as error:

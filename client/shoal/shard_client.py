@@ -27,6 +27,8 @@ WANT_CHECKSUMS = {"Shoal-Want-Checksums": "1"}
 SUSPECT = {"Shoal-Suspect": "1"}
 #: Answer from the cache or with 504 (RFC 9111, 5.2.1.7).
 ONLY_IF_CACHED = {"Cache-Control": "only-if-cached"}
+#: Answer from the cache, or past it: keep nothing for this request (RFC 9111, 5.2.1.5).
+NO_STORE = {"Cache-Control": "no-store"}
 #: Says that the sender takes the name of a node that has the shard (`HELD_BY`) for an answer, and asks there.
 TAKES_HOLDER = {"Shoal-Takes-Holder": "1"}
 #: That name, in an answer of status `SEE_HOLDER`.
@@ -83,6 +85,12 @@ def avoided(headers: Mapping[str, str]) -> frozenset[str]:
     """Ids of the nodes that a request (names in lower case) names with `avoiding`."""
     text = headers.get("shoal-avoid")
     return frozenset(text.split(",")) if text else NOBODY
+
+
+def directives(headers: Mapping[str, str]) -> frozenset[str]:
+    """What a request (names in lower case) asks of caches: `ONLY_IF_CACHED` or `NO_STORE`; mostly nothing."""
+    text = headers.get("cache-control")
+    return frozenset(each.strip().lower() for each in text.split(",")) if text else NOBODY
 
 
 def time_left(until: float) -> dict[str, str]:

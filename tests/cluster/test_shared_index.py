@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -291,7 +292,38 @@ def test_a_snapshot_that_nobody_serves_has_none(cluster: MiniCluster) -> None:
         client(cluster).transport.get(cluster.nodes[0].address, wanted)
 
 
-def test_the_oldest_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def kept_bytes(cluster: MiniCluster) -> float:
+    text = client(cluster).transport.get(cluster.nodes[0].address, "/metrics").body.decode()
+    (value,) = re.findall(r"^shoal_node_index_bytes (.*)$", text, re.M)
+    return float(value)
+
+
+def test_those_that_were_used_longest_ago_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexes, "MAX_FILES", 2)
+    with start(tmp_path) as cluster:
+        patterns = [*PATTERNS, "train/[0-1].arrow"]
+        fetch(cluster, patterns[0])
+        (first,) = files(cluster)
+        fetch(cluster, patterns[1])
+        (second,) = {*files(cluster)} - {first}
+        for at, path in enumerate((first, second)):
+            os.utime(path, (at, at))
+        fetch(cluster, patterns[0])  # from the file: its last use is now
+        fetch(cluster, patterns[2])
+        assert first.exists() and not second.exists() and len(files(cluster)) == 2
+        assert kept_bytes(cluster) == sum(path.stat().st_size for path in files(cluster))
+        assert len(cluster.nodes[0].indexes._checked) == 2, "what is gone is forgotten"
+        assert builds(cluster) == 3
+        cluster.end_node(0)
+        cluster.start_node(0)
+        assert kept_bytes(cluster) == sum(path.stat().st_size for path in files(cluster))
+        cluster.publish()
+        fetch(cluster, patterns[0])
+        fetch(cluster, patterns[3])
+        assert first.exists() and len(files(cluster)) == 2, "also over a restart"
+
+
+def test_the_bytes_of_all_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with start(tmp_path) as cluster:
         stale = cluster.data_dir(0) / "indexes" / f"{'1' * 32}-{'2' * 32}.arrow"
         stale.write_bytes(b"of a snapshot that is gone")
@@ -336,7 +368,7 @@ def test_what_a_crash_left_of_a_write_is_removed(tmp_path: Path) -> None:
         assert fetch(cluster, PATTERNS[0]).sample_count == 600
 
 
-@pytest.mark.parametrize("part", ["_check", "_open"])
+@pytest.mark.parametrize("part", ["_check", "_use"])
 def test_a_drive_that_hangs_keeps_nobody_from_streaming(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
@@ -352,7 +384,7 @@ def test_a_drive_that_hangs_keeps_nobody_from_streaming(
         cluster.end_node(0)
         cluster.start_node(0)
         cluster.publish()
-        if part == "_open":
+        if part == "_use":
             fetch(cluster, PATTERNS[0])  # so that the file is known to be whole
         monkeypatch.setattr(indexes, part, hung)
         try:

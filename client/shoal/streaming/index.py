@@ -76,16 +76,23 @@ class Index:
         return np.cumsum(is_first) - 1
 
     @classmethod
-    def of_runs(cls, rows: Iterable[int], runs: Iterable[Sequence[Extent]], schema: bytes = b"") -> Index:
+    def of_runs(cls, rows: Iterable[int], runs: Iterable[Iterable[Extent]], schema: bytes = b"") -> Index:
         """The index of objects whose runs are known; runs without samples are left out."""
-        table = [
-            (row, extent.number, extent.samples, extent.start, extent.end)
+        numbers = (  # one by one: as lists they would take several times the room
+            number
             for row, extents in zip(rows, runs, strict=True)
             for extent in extents
             if extent.samples
-        ]
-        columns = np.array(table, np.int64).reshape(-1, len(_FIELDS)).T
+            for number in (row, extent.number, extent.samples, extent.start, extent.end)
+        )
+        columns = np.fromiter(numbers, np.int64).reshape(-1, len(_FIELDS)).T
         return cls([column.copy() for column in columns], schema)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Index], schema: bytes = b"") -> Index:
+        """The index of the objects of all `parts`, which are in the order of their objects; at least one."""
+        columns = ((part.rows, part.numbers, part.samples, part.starts, part.ends) for part in parts)
+        return cls([np.concatenate(column) for column in zip(*columns, strict=True)], schema)
 
     @classmethod
     def of_objects(cls, snapshot: Snapshot, rows: Numbers) -> Index:

@@ -10,6 +10,7 @@ The rule: every position is checked against the buffer, so damage is a `ValueErr
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -41,17 +42,17 @@ class Table:
         position = self._field(number)
         return Table(self.data, position + _read("<I", self.data, position)) if position else None
 
-    def structs(self, number: int, layout: str) -> list[tuple[int, ...]]:
+    def structs(self, number: int, layout: str) -> Iterator[tuple[int, ...]]:
         """A vector of structs, each as `layout` has it."""
         position = self._field(number)
         if not position:
-            return []
+            return iter(())
         position += _read("<I", self.data, position)
         count, each = _read("<I", self.data, position), struct.Struct(layout)
         start, end = position + 4, position + 4 + count * each.size
         if not 0 <= start <= end <= len(self.data):
             raise ValueError("a vector reaches past its buffer")
-        return list(each.iter_unpack(self.data[start:end]))
+        return each.iter_unpack(self.data[start:end])
 
 
 def _read(layout: str, data: memoryview, position: int) -> int:

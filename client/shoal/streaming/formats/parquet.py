@@ -10,7 +10,12 @@ from shoal.streaming.formats.source import Extent
 
 
 def runs(name: str, file: pa.NativeFile) -> list[Extent]:
-    """The row groups of a Parquet file. Reads its footer only.
+    """The row groups of a Parquet file. Raises as `examine`."""
+    return examine(name, file)[1]
+
+
+def examine(name: str, file: pa.NativeFile) -> tuple[pa.Schema, list[Extent]]:
+    """The schema of a Parquet file, and its row groups. Reads its footer only, and once.
 
     Raises:
         InvalidRequest: it is none.
@@ -22,7 +27,10 @@ def runs(name: str, file: pa.NativeFile) -> list[Extent]:
         spans = [_span(group.column(column)) for column in range(group.num_columns)]
         start, end = min((low for low, _ in spans), default=0), max((high for _, high in spans), default=0)
         found.append(Extent(number, group.num_rows, start, end))
-    return found
+    try:
+        return metadata.schema.to_arrow_schema(), found
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidRequest(f"{name} has columns that Arrow does not know ({error}): leave it out") from error
 
 
 def footer(name: str, file: pa.NativeFile) -> pq.FileMetaData:

@@ -48,7 +48,8 @@ def members(name: str, file: IO[bytes]) -> Iterator[Member]:
     """The regular files of a tar, one after the other. Raises InvalidRequest where it is none, or is cut short."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as opened:
-            for info in opened:
+            while (info := opened.next()) is not None:
+                opened.members.clear()  # type: ignore[attr-defined] # documented; else it holds every one
                 if info.isreg():
                     yield Member(info.name, info.offset, info.offset_data, info.size)
     except tarfile.TarError as error:
@@ -59,20 +60,26 @@ def members(name: str, file: IO[bytes]) -> Iterator[Member]:
 
 
 def runs(name: str, file: IO[bytes], run_bytes: int = RUN_BYTES) -> list[Extent]:
-    """Stretches of whole samples. `run_bytes` is what a stretch has at least, but for the last. Raises as `members`."""
-    found: list[Extent] = []
-    start, end, samples = -1, 0, 0
+    """As `extents`, all of them."""
+    return list(extents(name, file, run_bytes))
+
+
+def extents(name: str, file: IO[bytes], run_bytes: int = RUN_BYTES) -> Iterator[Extent]:
+    """Stretches of whole samples, found while they are asked for.
+
+    `run_bytes` is what a stretch has at least, but for the last. Raises as `members`.
+    """
+    number, start, end, samples = 0, -1, 0, 0
     for _, sample in itertools.groupby(members(name, file), key=lambda member: member.key):
         for member in sample:
             start = member.head if start < 0 else start
             end = member.start + -(-member.size_bytes // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         samples += 1
         if end - start >= run_bytes:
-            found.append(Extent(len(found), samples, start, end))
-            start, samples = -1, 0
+            yield Extent(number, samples, start, end)
+            number, start, samples = number + 1, -1, 0
     if samples:
-        found.append(Extent(len(found), samples, start, end))
-    return found
+        yield Extent(number, samples, start, end)
 
 
 def table(name: str, data: pa.Buffer, run: Extent, columns: list[str] | None) -> pa.Table:
