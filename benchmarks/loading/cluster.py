@@ -35,7 +35,7 @@ def _options(job: Job) -> dict[str, Any]:
 
 
 def _pictures(table: pa.Table) -> Any:
-    return collated([decoded(data.as_buffer()) for data in table["bytes"]])
+    return collated([decoded(data.as_buffer()) for chunk in table["bytes"].chunks for data in chunk])
 
 
 def _picture(table: pa.Table) -> Any:

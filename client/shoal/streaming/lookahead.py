@@ -12,7 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -52,12 +52,20 @@ class Loader(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Load:
-    """What is loaded, or on its way: `future` gives its group, of which it is number `place`."""
+    """What is loaded, or on its way: `future` is that of its group.
 
-    future: Future[list[Loaded]]
-    place: int
+    Attributes:
+        is_shared: other steps may want it.
+        needs: how many of the begun steps want it.
+        table: set before the future is, so that whoever finds it needs no lock.
+    """
+
+    future: Future[None]
     trace: Trace
     held_bytes: int
+    is_shared: bool
+    needs: int = 0
+    table: pa.Table | None = None
 
 
 class LookAhead:
@@ -81,8 +89,8 @@ class LookAhead:
         self._check = check
         self._next: tuple[Reads, list[Want]] | None = None  # planned, and not begun for want of room
         self._begun: deque[tuple[Reads, list[Want]]] = deque()
-        self._needs: Counter[Want] = Counter()  # by how many of the begun steps want it
         self._loads: OrderedDict[Want, _Load] = OrderedDict()
+        self._needed = 0  # loads that begun steps want
         self._lock = threading.Lock()  # guards held_bytes, and that of each load
         self.held_bytes = 0
         self._threads = Threads(THREADS, "shoal-stream")
@@ -96,14 +104,15 @@ class LookAhead:
         if not self._begun:
             raise StopIteration
         reads, wants = self._begun[0]
-        tables = {want: self._await(want) for want in wants}
+        loads = [self._loads[want] for want in wants]
+        tables = {want: self._await(load) for want, load in zip(wants, loads, strict=True)}
         self._begun.popleft()
-        for want in wants:
-            self._needs[want] -= 1
-            if self._needs[want]:
+        for want, load in zip(wants, loads, strict=True):
+            load.needs -= 1
+            if load.needs:
                 continue
-            del self._needs[want]
-            if self._loader.is_shared(want):
+            self._needed -= 1
+            if load.is_shared:
                 self._loads.move_to_end(want)
             else:
                 self._forget(want)
@@ -116,14 +125,14 @@ class LookAhead:
         self._loads.clear()
         self._begun.clear()
 
-    def _await(self, want: Want) -> pa.Table:
-        load = self._loads[want]
-        if not load.future.done():
+    def _await(self, load: _Load) -> pa.Table:
+        if load.table is None:
             begin = time.perf_counter()
             while concurrent.futures.wait([load.future], LOOK_UP_S).not_done:
                 self._check()
             self._waits.waited(begin, time.perf_counter(), load.trace)
-        return load.future.result()[load.place].table
+            load.future.result()
+        return load.table
 
     def _begin(self) -> None:
         """Begin the loads of as many steps as there is room for."""
@@ -140,13 +149,16 @@ class LookAhead:
             self._next = None
             for group in self._groups(new):
                 self._submit(group)
-            self._needs.update(wants)
+            for want in wants:
+                load = self._loads[want]
+                self._needed += not load.needs
+                load.needs += 1
             self._begun.append((reads, wants))
 
     def _make_room(self, wanted_bytes: int, kept: set[Want]) -> bool:
         """Drop what no begun step wants, until so many more bytes fit; False: they do not."""
-        if self.held_bytes + wanted_bytes > self._limit_bytes and len(self._loads) > len(self._needs):
-            for want in [want for want in self._loads if want not in self._needs and want not in kept]:
+        if self.held_bytes + wanted_bytes > self._limit_bytes and len(self._loads) > self._needed:
+            for want in [want for want, load in self._loads.items() if not load.needs and want not in kept]:
                 self._forget(want)
                 if self.held_bytes + wanted_bytes <= self._limit_bytes:
                     break
@@ -176,14 +188,15 @@ class LookAhead:
 
     def _submit(self, group: list[Want]) -> None:
         trace = Trace()
-        future: Future[list[Loaded]] = Future()
-        loads = [_Load(future, place, trace, self._loader.bytes_of(want)) for place, want in enumerate(group)]
+        future: Future[None] = Future()
+        loader = self._loader
+        loads = [_Load(future, trace, loader.bytes_of(want), loader.is_shared(want)) for want in group]
         with self._lock:
             self.held_bytes += sum(load.held_bytes for load in loads)
         self._loads.update(zip(group, loads, strict=True))
         self._threads.submit(self._run, group, loads, future, trace)
 
-    def _run(self, group: list[Want], loads: list[_Load], future: Future[list[Loaded]], trace: Trace) -> None:
+    def _run(self, group: list[Want], loads: list[_Load], future: Future[None], trace: Trace) -> None:
         """In a thread."""
         begin = time.perf_counter()
         try:
@@ -198,4 +211,5 @@ class LookAhead:
                 if load.held_bytes:  # else it was forgotten meanwhile
                     self.held_bytes += each.held_bytes - load.held_bytes
                     load.held_bytes = each.held_bytes
-        future.set_result(loaded)
+                load.table = each.table
+        future.set_result(None)
