@@ -13,7 +13,7 @@ import concurrent.futures
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -143,8 +143,8 @@ class LookAhead:
                     return
                 self._next = reads, self._loader.wants(reads)
             reads, wants = self._next
-            new = [want for want in wants if want not in self._loads]
-            if not self._make_room(sum(map(self._loader.bytes_of, new)), set(wants)) and self._begun:
+            new = {want: self._loader.bytes_of(want) for want in wants if want not in self._loads}
+            if not self._make_room(sum(new.values()), wants) and self._begun:
                 return
             self._next = None
             for group in self._groups(new):
@@ -155,9 +155,10 @@ class LookAhead:
                 load.needs += 1
             self._begun.append((reads, wants))
 
-    def _make_room(self, wanted_bytes: int, kept: set[Want]) -> bool:
+    def _make_room(self, wanted_bytes: int, wants: Sequence[Want]) -> bool:
         """Drop what no begun step wants, until so many more bytes fit; False: they do not."""
         if self.held_bytes + wanted_bytes > self._limit_bytes and len(self._loads) > self._needed:
+            kept = set(wants)
             for want in [want for want, load in self._loads.items() if not load.needs and want not in kept]:
                 self._forget(want)
                 if self.held_bytes + wanted_bytes <= self._limit_bytes:
@@ -170,31 +171,31 @@ class LookAhead:
             self.held_bytes -= load.held_bytes
             load.held_bytes = 0
 
-    def _groups(self, wants: list[Want]) -> Iterator[list[Want]]:
-        group: list[Want] = []
+    def _groups(self, wants: Mapping[Want, int]) -> Iterator[dict[Want, int]]:
+        """What is loaded together, with the bytes of each."""
+        group: dict[Want, int] = {}
         size_bytes = 0
-        for want in wants:
+        for want, more in wants.items():
             if not self._loader.is_batched(want):
-                yield [want]
+                yield {want: more}
                 continue
-            more = self._loader.bytes_of(want)
             if group and (len(group) == GROUP_WANTS or size_bytes + more > GROUP_BYTES):
                 yield group
-                group, size_bytes = [], 0
-            group.append(want)
+                group, size_bytes = {}, 0
+            group[want] = more
             size_bytes += more
         if group:
             yield group
 
-    def _submit(self, group: list[Want]) -> None:
+    def _submit(self, group: Mapping[Want, int]) -> None:
         trace = Trace()
         future: Future[None] = Future()
-        loader = self._loader
-        loads = [_Load(future, trace, loader.bytes_of(want), loader.is_shared(want)) for want in group]
+        is_shared = self._loader.is_shared
+        loads = [_Load(future, trace, size_bytes, is_shared(want)) for want, size_bytes in group.items()]
         with self._lock:
-            self.held_bytes += sum(load.held_bytes for load in loads)
+            self.held_bytes += sum(group.values())
         self._loads.update(zip(group, loads, strict=True))
-        self._threads.submit(self._run, group, loads, future, trace)
+        self._threads.submit(self._run, list(group), loads, future, trace)
 
     def _run(self, group: list[Want], loads: list[_Load], future: Future[None], trace: Trace) -> None:
         """In a thread."""

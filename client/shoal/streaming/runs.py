@@ -34,8 +34,10 @@ from shoal.streaming.index import Index
 from shoal.streaming.plan import Reads
 from shoal.streaming.waits import Trace
 
-#: Objects whose readers and footers are kept.
+#: Objects whose footers, or whose batches' layouts, are kept.
 OBJECTS_KEPT = 4096
+#: Objects whose readers are kept, at some 300 bytes each.
+READERS_KEPT = 1 << 16
 #: Runs of at least so many bytes are not read whole for a few rows; a smaller one costs hardly more than those.
 ROWS_FROM = 1 << 20
 #: Columns of a stream of whole objects.
@@ -304,7 +306,7 @@ class Runs:
             reader = self._open_object(row)
             with self._lock:
                 self._objects[row] = reader
-                while len(self._objects) > OBJECTS_KEPT:
+                while len(self._objects) > READERS_KEPT:
                     self._objects.popitem(last=False)
         return reader
 
