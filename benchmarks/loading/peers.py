@@ -103,8 +103,10 @@ def _samples(job: Job) -> Iterator[bytes]:
     for path in job.paths():
         if job.kind == TOKENS:
             with pa.memory_map(str(path)) as source:
-                for batch in pa.ipc.open_file(source):
-                    yield from map(bytes, batch.column("tokens").flatten().to_numpy().reshape(-1, LENGTH))
+                file = pa.ipc.open_file(source)
+                for number in range(file.num_record_batches):
+                    values = file.get_batch(number).column("tokens").flatten()
+                    yield from map(bytes, values.to_numpy().reshape(-1, LENGTH))
         else:
             yield path.read_bytes()
 
