@@ -2,7 +2,7 @@
 
     MosaicML Streaming    MDS shards, shuffled by its default algorithm (py1e)
     WebDataset            tars, shuffled by shard and by a buffer
-    HF datasets           streaming: the Arrow files themselves, or pictures in Parquet; by shard and by a buffer
+    HF datasets           streaming: the Arrow files themselves, or pictures in such ones; by shard and by a buffer
 
 The rule: only the contender's own package is imported, when it is its turn: whichever are installed take part.
 """
@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from benchmarks.loading.job import BUFFER, LENGTH, TOKENS, Epoch, Job, collated, decoded
 
 #: Bytes of a shard of a peer's format, and the least number of them: more than there are workers.
 SHARD_BYTES, LEAST_SHARDS = 32 << 20, 8
+#: Of a record batch.
+PICTURES = 100
 
 
 def mosaic(job: Job) -> Epoch:
@@ -77,18 +78,21 @@ def webdataset(job: Job) -> Epoch:
 def datasets(job: Job) -> Epoch:
     import datasets as hf
 
-    if job.kind == TOKENS:
-        paths = [str(path) for path in job.paths()]
-        data = hf.load_dataset("arrow", data_files=paths, split="train", streaming=True, cache_dir=job.scratch)
-        data = data.with_format("torch")
-    else:
+    paths = [str(path) for path in job.paths()]
+    if job.kind != TOKENS:
         paths = []
         for number, samples in enumerate(_shards(job)):
-            paths.append(str(Path(job.scratch) / f"{number:05}.parquet"))
-            pq.write_table(pa.table({"image": list(samples)}), paths[-1], row_group_size=100, compression="none")
-        data = hf.load_dataset("parquet", data_files=paths, split="train", streaming=True, cache_dir=job.scratch)
+            paths.append(str(Path(job.scratch) / f"{number:05}.arrow"))
+            table = pa.table({"image": list(samples)})
+            with pa.ipc.new_file(paths[-1], table.schema) as writer:
+                writer.write_table(table, max_chunksize=PICTURES)
+    data = hf.load_dataset("arrow", data_files=paths, split="train", streaming=True, cache_dir=job.scratch)
+    if job.kind == TOKENS:
+        data = data.with_format("torch")
+    else:
         data = data.map(lambda sample: decoded(sample["image"]), remove_columns=["image"])
-    data = data.shuffle(seed=job.seed, buffer_size=BUFFER)
+    # One shard at a time: several become one for as many workers, and then there are too few for all of them.
+    data = data.shuffle(seed=job.seed, buffer_size=BUFFER, max_buffer_input_shards=1)
     loader = job.loader(data, batch_size=job.batch_size)
 
     def epoch_of(epoch: int) -> Any:
