@@ -18,12 +18,13 @@ test-faults: .venv/.test  ## every fault test, the long ones too
 soak: .venv/.test  ## faults of every kind at random under load: make soak MINUTES=30 SEED=1
 	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),1)
 
-bench: .venv/.test  ## full-size benchmarks, half an hour; results go to benchmarks/results/
+bench: .venv/.test  ## full-size benchmarks, half an hour; results go to benchmarks/results/ (PEERS: docs/streaming.md)
 	$(BIN)/python -m benchmarks.placement
 	$(BIN)/python -m benchmarks.snapshot
 	$(BIN)/python -m benchmarks.retention --json benchmarks/results/retention.json
 	$(BIN)/python -m benchmarks.membership --json benchmarks/results/membership.json
 	$(BIN)/python -m benchmarks.epochs --json benchmarks/results/epochs.json
+	$(BIN)/python -m benchmarks.loaders $(if $(PEERS),--peers $(PEERS)) --json benchmarks/results/loaders.json
 	$(BIN)/python -m benchmarks
 
 lint: .venv/.test

@@ -111,7 +111,8 @@ class Batches:
     async def _body(
         self, ranges: Sequence[ShardRange], specs: dict[tuple[int, int], ShardSpec], asker: Asker
     ) -> AsyncGenerator[Buffer | FileSlice, None]:
-        fills = asyncio.create_task(self._begin_fills(list(specs.values()), asker))
+        missing = [spec for spec in specs.values() if not self._store.is_sealed(spec.key)]
+        fills = asyncio.create_task(self._begin_fills(missing, asker)) if missing else None
         sums: list[int] = []
         run: list[_Read] = []
         run_bytes = 0
@@ -135,8 +136,10 @@ class Batches:
                     yield piece
             yield batch.encode_sums(sums)
         finally:
-            fills.cancel()
-            await asyncio.gather(fills, return_exceptions=True)  # what failed there failed here too, or was not needed
+            if fills is not None:
+                fills.cancel()
+                # What failed there failed here too, or was not needed.
+                await asyncio.gather(fills, return_exceptions=True)
 
     async def _sealed(self, run: Sequence[_Read], sums: list[int], asker: Asker) -> Pieces:
         """The bytes of a run; one by one from elsewhere where the drive does not give all of them."""

@@ -305,6 +305,9 @@ class Cluster:
         """Who owns the shards of a snapshot under the newest map."""
         cluster_map = self.map
         key = snapshot.digest, cluster_map.epoch, replicas
+        known = self._placements.get(key)  # without the lock, as for each range of a batch
+        if known is not None:
+            return known
         with self._lock:
             placement = self._placements.get(key)
             if placement is None:

@@ -166,11 +166,14 @@ class Placement:
         primary = int(self.primaries()[ordinal]) if self.shard_count <= BOUND_MAX_SHARDS else None
         return self._order(key or self._table().keys[ordinal].astype("<u8").tobytes(), primary)
 
-    def first(self, ordinal: int, key: Key | None = None) -> Node:
-        """The first of `order`, at the cost of a look-up where the snapshot is bounded. Raises as `order`."""
+    def first(self, ordinal: int, key: Callable[[], Key | None] = lambda: None) -> Node:
+        """The first of `order`, at the cost of a look-up where the snapshot is bounded: then no key is asked for.
+
+        Raises as `order`.
+        """
         if self.nodes and self.shard_count <= BOUND_MAX_SHARDS:
             return self.nodes[int(self.primaries()[ordinal])]
-        return self.order(ordinal, key)[0]
+        return self.order(ordinal, key())[0]
 
     def firsts(self, ordinals: npt.NDArray[np.integer]) -> Indexes:
         """The first owners of some shards, as indexes of `nodes`, in their shape. Raises as `order`."""

@@ -12,6 +12,7 @@ The rule: the bytes are right or there is an error. A piece that failed half-way
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
@@ -150,6 +151,8 @@ class ObjectReader:
 
     def pieces(self, start: int, end: int) -> list[Piece]:
         """The range, cut into one piece a shard."""
+        if 0 <= start < end <= min(self.size_bytes, self._shard_size):
+            return [Piece(0, start, end)]
         return list(shards.pieces(start, end, self.size_bytes, self._shard_size))
 
     def mapped(self, piece: Piece) -> pa.Buffer | None:
@@ -181,7 +184,7 @@ class ObjectReader:
             nodes = list(self.candidates(index))
             return next((node for node in nodes if self._cluster.address_of(node) not in failed), nodes[0])
         placement = self._cluster.placement(self._snapshot, self._replicas)
-        return placement.first(self._first_shard + index, self._key(index))
+        return placement.first(self._first_shard + index, functools.partial(self._key, index))
 
     def _clip(self, start: int, end: int) -> tuple[int, int]:
         end = min(end, self.size_bytes)
@@ -329,7 +332,7 @@ class ObjectReader:
         placement = self._cluster.placement(self._snapshot, self._replicas)
         ordinal, key = self._first_shard + index, self._key(index)
         local = self._cluster.local
-        first = placement.first(ordinal, key)
+        first = placement.first(ordinal, lambda: key)
         if placement.replicas == 1 or local is None or first.id == local.node_id:
             yield first  # mostly the end of it, and the whole order costs more than a request to the local node
             yield from placement.order(ordinal, key)[1:]

@@ -94,6 +94,7 @@ class Snapshot:
         batch, metadata = snapshot_file.read(mapped, name)
         self._batch = batch
         self._paths = listing.Paths(batch["path"])
+        self._count = len(self._paths)
         self._versions = listing.Text(batch["version"])
         self._sizes: npt.NDArray[np.int64] = listing.numbers(batch["size"], "<i8")
         self._keys: npt.NDArray[np.uint64] = listing.numbers(batch["key"], "<u8").reshape(-1, 2)
@@ -138,7 +139,7 @@ class Snapshot:
 
     def __len__(self) -> int:
         """Objects."""
-        return len(self._paths)
+        return self._count
 
     def __repr__(self) -> str:
         return f"<Snapshot {self.digest} of {self.origin}: {len(self):,} objects>"
@@ -207,7 +208,7 @@ class Snapshot:
         An object of no bytes has no shard: its ordinal is that of the next shard.
         """
         rows, surplus = self._surplus
-        return row + int(surplus[np.searchsorted(rows, row)])
+        return row + int(surplus[rows.searchsorted(row)]) if len(rows) else row
 
     def shards_at(self, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The ordinals of the shards that hold byte ``offsets[i]`` of object ``rows[i]``. Neither is checked."""
@@ -242,7 +243,7 @@ class Snapshot:
             raise self._corrupt("its content has another digest")
 
     def _checked(self, row: int) -> int:
-        if not 0 <= row < len(self):
+        if not 0 <= row < self._count:
             raise NotFound(f"snapshot {self.digest} has no row {row}: it lists {len(self):,} objects")
         return row
 

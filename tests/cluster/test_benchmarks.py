@@ -148,3 +148,16 @@ def test_epochs_runs_tiny(tmp_path: Path) -> None:
         assert each["open_bytes"] + each["missed_bytes"] >= (1 - each["held"]) * size
         assert 0 < sum(each["stalls_s"].values()) <= each["epoch_s"]
     assert result["four_jobs"]["origin_bytes"] >= size
+
+
+def test_loaders_runs_tiny(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.loaders", "--tiny", "--workdir", str(tmp_path)]
+    command += ["--json", str(tmp_path / "loaders.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "loaders.json").read_text())
+    assert set(result) == {"tokens", "images"}
+    for each in result.values():  # that each sample came once is the run's own check; times mean nothing here
+        assert set(each["contenders"]) == {"files", "gathered", "stream", "samples"}
+        assert set(each["skipped"]) == {"mosaic", "webdataset", "datasets"}
+        assert all(one["cpu_s_per_gb"] > 0 for one in each["contenders"].values())

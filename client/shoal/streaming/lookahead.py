@@ -12,8 +12,8 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -56,12 +56,20 @@ class Loader(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Load:
-    """What is loaded, or on its way: `future` gives its group, of which it is number `place`."""
+    """What is loaded, or on its way: `future` is that of its group.
 
-    future: Future[list[Loaded]]
-    place: int
+    Attributes:
+        is_shared: other steps may want it.
+        needs: how many of the begun steps want it.
+        table: set before the future is, so that whoever finds it needs no lock.
+    """
+
+    future: Future[None]
     trace: Trace
     held_bytes: int
+    is_shared: bool
+    needs: int = 0
+    table: pa.Table | None = None
 
 
 class LookAhead:
@@ -82,8 +90,8 @@ class LookAhead:
         self._steps, self._loader, self._limit_bytes, self._waits = steps, loader, limit_bytes, waits
         self._next: tuple[Reads, list[Want]] | None = None  # planned, and not begun for want of room
         self._begun: deque[tuple[Reads, list[Want]]] = deque()
-        self._needs: Counter[Want] = Counter()  # by how many of the begun steps want it
         self._loads: OrderedDict[Want, _Load] = OrderedDict()
+        self._needed = 0  # loads that begun steps want
         self._lock = threading.Lock()  # guards held_bytes, and that of each load
         self.held_bytes = 0
         self._threads = Threads(THREADS, "shoal-stream")
@@ -97,14 +105,15 @@ class LookAhead:
         if not self._begun:
             raise StopIteration
         reads, wants = self._begun[0]
-        tables = {want: self._await(want) for want in wants}
+        loads = [self._loads[want] for want in wants]
+        tables = {want: self._await(load) for want, load in zip(wants, loads, strict=True)}
         self._begun.popleft()
-        for want in wants:
-            self._needs[want] -= 1
-            if self._needs[want]:
+        for want, load in zip(wants, loads, strict=True):
+            load.needs -= 1
+            if load.needs:
                 continue
-            del self._needs[want]
-            if self._loader.is_shared(want):
+            self._needed -= 1
+            if load.is_shared:
                 self._loads.move_to_end(want)
             else:
                 self._forget(want)
@@ -117,13 +126,13 @@ class LookAhead:
         self._loads.clear()
         self._begun.clear()
 
-    def _await(self, want: Want) -> pa.Table:
-        load = self._loads[want]
-        if not load.future.done():
+    def _await(self, load: _Load) -> pa.Table:
+        if load.table is None:
             begin = time.perf_counter()
             concurrent.futures.wait([load.future])
             self._waits.waited(begin, time.perf_counter(), load.trace)
-        return load.future.result()[load.place].table
+            load.future.result()
+        return load.table
 
     def _begin(self) -> None:
         """Begin the loads of as many steps as there is room for."""
@@ -134,19 +143,23 @@ class LookAhead:
                     return
                 self._next = reads, self._loader.wants(reads)
             reads, wants = self._next
-            new = [want for want in wants if want not in self._loads]
-            if not self._make_room(sum(map(self._loader.bytes_of, new)), set(wants)) and self._begun:
+            new = {want: self._loader.bytes_of(want) for want in wants if want not in self._loads}
+            if not self._make_room(sum(new.values()), wants) and self._begun:
                 return
             self._next = None
             for group in self._groups(new):
                 self._submit(group)
-            self._needs.update(wants)
+            for want in wants:
+                load = self._loads[want]
+                self._needed += not load.needs
+                load.needs += 1
             self._begun.append((reads, wants))
 
-    def _make_room(self, wanted_bytes: int, kept: set[Want]) -> bool:
+    def _make_room(self, wanted_bytes: int, wants: Sequence[Want]) -> bool:
         """Drop what no begun step wants, until so many more bytes fit; False: they do not."""
-        if self.held_bytes + wanted_bytes > self._limit_bytes and len(self._loads) > len(self._needs):
-            for want in [want for want in self._loads if want not in self._needs and want not in kept]:
+        if self.held_bytes + wanted_bytes > self._limit_bytes and len(self._loads) > self._needed:
+            kept = set(wants)
+            for want in [want for want, load in self._loads.items() if not load.needs and want not in kept]:
                 self._forget(want)
                 if self.held_bytes + wanted_bytes <= self._limit_bytes:
                     break
@@ -158,32 +171,33 @@ class LookAhead:
             self.held_bytes -= load.held_bytes
             load.held_bytes = 0
 
-    def _groups(self, wants: list[Want]) -> Iterator[list[Want]]:
-        group: list[Want] = []
+    def _groups(self, wants: Mapping[Want, int]) -> Iterator[dict[Want, int]]:
+        """What is loaded together, with the bytes of each."""
+        group: dict[Want, int] = {}
         size_bytes = 0
-        for want in wants:
+        for want, more in wants.items():
             if not self._loader.is_batched(want):
-                yield [want]
+                yield {want: more}
                 continue
-            more = self._loader.bytes_of(want)
             if group and (len(group) == GROUP_WANTS or size_bytes + more > GROUP_BYTES):
                 yield group
-                group, size_bytes = [], 0
-            group.append(want)
+                group, size_bytes = {}, 0
+            group[want] = more
             size_bytes += more
         if group:
             yield group
 
-    def _submit(self, group: list[Want]) -> None:
+    def _submit(self, group: Mapping[Want, int]) -> None:
         trace = Trace()
-        future: Future[list[Loaded]] = Future()
-        loads = [_Load(future, place, trace, self._loader.bytes_of(want)) for place, want in enumerate(group)]
+        future: Future[None] = Future()
+        is_shared = self._loader.is_shared
+        loads = [_Load(future, trace, size_bytes, is_shared(want)) for want, size_bytes in group.items()]
         with self._lock:
-            self.held_bytes += sum(load.held_bytes for load in loads)
+            self.held_bytes += sum(group.values())
         self._loads.update(zip(group, loads, strict=True))
-        self._threads.submit(self._run, group, loads, future, trace)
+        self._threads.submit(self._run, list(group), loads, future, trace)
 
-    def _run(self, group: list[Want], loads: list[_Load], future: Future[list[Loaded]], trace: Trace) -> None:
+    def _run(self, group: list[Want], loads: list[_Load], future: Future[None], trace: Trace) -> None:
         """In a thread."""
         begin = time.perf_counter()
         try:
@@ -198,4 +212,5 @@ class LookAhead:
                 if load.held_bytes:  # else it was forgotten meanwhile
                     self.held_bytes += each.held_bytes - load.held_bytes
                     load.held_bytes = each.held_bytes
-        future.set_result(loaded)
+                load.table = each.table
+        future.set_result(None)

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,17 +34,21 @@ from shoal.streaming.index import Index
 from shoal.streaming.plan import Reads
 from shoal.streaming.waits import Trace
 
-#: Objects whose readers and footers are kept.
+#: Objects whose footers, or whose batches' layouts, are kept.
 OBJECTS_KEPT = 4096
+#: Objects whose readers are kept, at some 300 bytes each.
+READERS_KEPT = 1 << 16
 #: Runs of at least so many bytes are not read whole for a few rows; a smaller one costs hardly more than those.
 ROWS_FROM = 1 << 20
 #: Columns of a stream of whole objects.
 PATH, BYTES = "path", "bytes"
 
 
-@dataclass(frozen=True, slots=True)
-class Want:
-    """What a step needs of one run: all of it, or the rows at `places`, ascending."""
+class Want(NamedTuple):
+    """What a step needs of one run: all of it, or the rows at `places`, ascending.
+
+    A tuple, because it is the key of what is loaded, and a sample costs several look-ups.
+    """
 
     run: int
     places: tuple[int, ...] | None
@@ -109,6 +115,8 @@ class Runs:
 
     def wants(self, reads: Reads) -> list[Want]:
         """What has to be loaded for a step: whole runs, or the rows of large ones that mostly other ranks read."""
+        if not self._can_rows or reads.whole.all():
+            return [Want(run, None) for run in dict.fromkeys(reads.runs.tolist())]
         places: dict[int, list[int]] = {}
         whole: set[int] = set()
         for run, place, is_whole in zip(reads.runs.tolist(), reads.places.tolist(), reads.whole.tolist(), strict=True):
@@ -277,21 +285,16 @@ class Runs:
         """Runs of many small samples' bytes: whole objects, and stretches of tars."""
         starts, ends = self._index.starts, self._index.ends
         data = self._read_spans([(run, int(starts[run]), int(ends[run])) for run in runs])
+        names = [self._snapshot.path(row) for row in self._index.rows[np.asarray(runs)].tolist()]
         with trace.decoding():
+            if self.format is Format.OBJECTS:
+                table = _objects(names, data)
+                table = table if self._columns is None else table.select(self._columns)
+                return [Loaded(table.slice(place, 1), len(each)) for place, each in enumerate(data)]
             return [
-                Loaded(self._table_of(run, pa.py_buffer(each)), len(each)) for run, each in zip(runs, data, strict=True)
+                Loaded(tar.table(name, pa.py_buffer(each), self._extent(run), self._columns), len(each))
+                for name, run, each in zip(names, runs, data, strict=True)
             ]
-
-    def _table_of(self, run: int, data: pa.Buffer) -> pa.Table:
-        name = self._snapshot.path(int(self._index.rows[run]))
-        if self.format is Format.TAR:
-            return tar.table(name, data, self._extent(run), self._columns)
-        offsets = pa.py_buffer(np.array([0, data.size], np.int64))
-        columns = {
-            PATH: pa.array([name]),
-            BYTES: pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data]),
-        }
-        return pa.table(columns if self._columns is None else {name: columns[name] for name in self._columns})
 
     def _extent(self, run: int) -> Extent:
         columns = (self._index.numbers, self._index.samples, self._index.starts, self._index.ends)
@@ -303,9 +306,19 @@ class Runs:
             reader = self._open_object(row)
             with self._lock:
                 self._objects[row] = reader
-                while len(self._objects) > OBJECTS_KEPT:
+                while len(self._objects) > READERS_KEPT:
                     self._objects.popitem(last=False)
         return reader
+
+
+def _objects(names: Sequence[str], data: Sequence[bytes]) -> pa.Table:
+    """Whole objects, a row each: nothing copied, and each row keeps only its own bytes alive."""
+    kind = pa.large_binary()
+    chunks = [
+        pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(struct.pack("=qq", 0, len(each))), pa.py_buffer(each)])
+        for each in data
+    ]
+    return pa.table({PATH: pa.array(names, pa.string()), BYTES: pa.chunked_array(chunks, kind)})
 
 
 def _intervals(places: Sequence[int]) -> list[tuple[int, int]]:

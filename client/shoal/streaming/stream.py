@@ -402,8 +402,10 @@ def batch_of(reads: Reads, tables: Mapping[Want, pa.Table]) -> pa.Table:
         found[run].slice(place, length)
         for run, place, length in zip(runs[starts].tolist(), places[starts].tolist(), lengths.tolist(), strict=True)
     ]
-    # Samples of tars need not have the same columns.
-    return pa.concat_tables(slices, promote_options="default")
+    try:
+        return pa.concat_tables(slices)
+    except pa.ArrowInvalid:  # samples of tars need not have the same columns, and to look beforehand costs more
+        return pa.concat_tables(slices, promote_options="default")
 
 
 def stream(url: str, **arguments: Any) -> Stream:

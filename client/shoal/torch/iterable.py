@@ -53,7 +53,8 @@ class IterableStream(IterableDataset[Any]):
         given = State.from_dict(self.stream.state_dict())
         self._epochs = Epochs((given.epoch, given.position))
         self._identity = replace(given, epoch=0, position=0)
-        self._loop: State | None = None  # the one that is read, by this process
+        self._loop: State | None = None  # the one that is read, by this process, as it began
+        self._taken = 0  # batches of it that were handed out, by this process
         self._given: State | None = None  # where the next one begins, if this process is a worker
         self._begun = 0  # by this process, if it is a worker
 
@@ -79,7 +80,7 @@ class IterableStream(IterableDataset[Any]):
             loop = replace(self._identity, epoch=epoch, position=position)
         else:
             loop = self._join(info)
-        self._loop = loop
+        self._loop, self._taken = loop, loop.taken
         return self._batches(loop)
 
     def _join(self, info: Any) -> State:
@@ -105,9 +106,9 @@ class IterableStream(IterableDataset[Any]):
         if loop.worker + loop.taken * loop.workers >= self.stream.steps(loop.position):
             return
         self.stream.load_state_dict(loop.to_dict())
-        for table in self.stream:
+        for taken, table in enumerate(self.stream, loop.taken + 1):
             # Counted when it is handed out: whoever asks for the state between two batches has had this one.
-            self._loop = loop = replace(loop, taken=loop.taken + 1)
+            self._taken = taken
             yield tensors.tensors(table, copy=copy) if self.transform is None else self.transform(table)
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,7 +126,8 @@ class IterableStream(IterableDataset[Any]):
         if self._loop is None:
             epoch, position = self._epochs.next
             return replace(self._identity, epoch=epoch, position=position).to_dict()
-        return (self._loop if self._loop.workers > 1 else states.merged([self._loop])).to_dict()
+        loop = replace(self._loop, taken=self._taken)
+        return (loop if loop.workers > 1 else states.merged([loop])).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], *, other_snapshot: bool = False) -> None:
         """The next loop goes on where `state` was taken: what `state_dict` or `merged` gave.
