@@ -60,6 +60,7 @@ class Rank:
     Attributes:
         ids: of the samples that it got.
         inside_s: of each step, for how long it waited for the batch.
+        outside_s: of each step, how long it computed, and met the others.
         causes: of each step, what for: what the stream's report grew by.
         report: the stream's own words.
     """
@@ -68,6 +69,7 @@ class Rank:
     end_s: float
     ids: npt.NDArray[np.int64]
     inside_s: tuple[float, ...]
+    outside_s: tuple[float, ...]
     causes: tuple[dict[str, float], ...]
     report: str
 
@@ -78,7 +80,10 @@ class Epoch:
 
     Attributes:
         open_s: from the start of the slowest rank's stream until it was open, index included.
-        stalls: seconds by which steps came late, by cause; of each step those of the rank that the others waited for.
+        compute_s: that the steps were to take.
+        computed_s: that they took, of each step that of the rank that the others waited for: sleep and barriers are not
+            exact.
+        stalls: seconds by which steps came late, by cause; of each step those of the same rank.
     """
 
     open_s: float
@@ -86,6 +91,7 @@ class Epoch:
     end_s: float
     steps: int
     compute_s: float
+    computed_s: float
     stalls: dict[str, float]
     ids: npt.NDArray[np.int64]
     report: str
@@ -93,9 +99,10 @@ class Epoch:
     @classmethod
     def of(cls, ranks: Sequence[Rank], compute_s: float, open_s: float) -> Self:
         stalls: dict[str, float] = {}
-        steps = len(ranks[0].inside_s)
+        steps, computed_s = len(ranks[0].inside_s), 0.0
         for step in range(steps):
             slowest = max(ranks, key=lambda rank: rank.inside_s[step])
+            computed_s += slowest.outside_s[step]
             for cause, seconds in slowest.causes[step].items():
                 stalls[cause] = stalls.get(cause, 0.0) + seconds
         return cls(
@@ -104,6 +111,7 @@ class Epoch:
             max(rank.end_s for rank in ranks),
             steps,
             steps * compute_s,
+            computed_s,
             dict(sorted(stalls.items(), key=lambda item: -item[1])),
             np.sort(np.concatenate([rank.ids for rank in ranks])),
             max(ranks, key=lambda rank: sum(rank.inside_s)).report,
@@ -115,8 +123,8 @@ class Epoch:
 
     @property
     def late_s(self) -> float:
-        """By how much the epoch was longer than its computing."""
-        return self.seconds - self.compute_s
+        """By how much the epoch was longer than its computing took."""
+        return self.seconds - self.computed_s
 
     @property
     def accounted(self) -> float:
@@ -239,11 +247,12 @@ def _epoch(end: Connection, barrier: Barrier | None, training: Training, rank: i
     end.send(("open", time.monotonic() - began))
     end.recv()
     _meet(barrier)
-    ids, inside_s, causes = [], [], []
+    ids, inside_s, outside_s, causes = [], [], [], []
     begin_s = time.monotonic()
     before = _Seen.by(stream.waits)
     for batch in stream:
-        due = time.monotonic() + training.compute_s
+        handed = time.monotonic()
+        due = handed + training.compute_s
         now = _Seen.by(stream.waits)
         inside_s.append(now.total_s - before.total_s)
         causes.append({cause: now.causes[cause] - before.causes.get(cause, 0.0) for cause in now.causes})
@@ -251,10 +260,11 @@ def _epoch(end: Connection, barrier: Barrier | None, training: Training, rank: i
         ids.append(_ids_of(batch))
         time.sleep(max(0.0, due - time.monotonic()))
         _meet(barrier)
+        outside_s.append(time.monotonic() - handed)
     end_s = time.monotonic()
     report = stream.report()
     stream.close()
-    return Rank(begin_s, end_s, np.concatenate(ids), tuple(inside_s), tuple(causes), report)
+    return Rank(begin_s, end_s, np.concatenate(ids), tuple(inside_s), tuple(outside_s), tuple(causes), report)
 
 
 def _meet(barrier: Barrier | None) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.streaming import lookahead
 from shoal.streaming.lookahead import MAX_STEPS, LookAhead
 from shoal.streaming.plan import Reads
 from shoal.streaming.runs import Loaded, Want
@@ -91,7 +92,18 @@ def test_the_least_recently_used_goes_first() -> None:
     assert loader.loaded.count(1) == 1 and len(loader.loaded) == 3
 
 
-def test_the_window_fills_while_the_consumer_computes() -> None:
+def test_the_first_steps_are_not_kept_waiting_by_those_that_come_long_after_them() -> None:
+    loader = Loader()
+    ahead = look_ahead(loader, [[n] for n in range(30)], 100 * RUN_BYTES)
+    begun = []
+    for _ in range(4):
+        next(ahead)
+        begun.append(len(ahead._begun))
+    assert begun == [3, 4, 5, 6], "one more with every step that is taken"
+
+
+def test_the_window_fills_while_the_consumer_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookahead, "FIRST_STEPS", 64)
     loader = Loader()
     ahead = look_ahead(loader, [[n] for n in range(30)], 10 * RUN_BYTES)
     next(ahead)

@@ -28,8 +28,10 @@ from shoal.threads import Threads
 
 #: Loads under way.
 THREADS = 8
-#: Steps planned ahead at most: where everything is at hand the window would never be full.
-MAX_STEPS = 64
+#: Steps planned ahead at most: where everything is at hand the window would never be full. At first it is two, and one
+#: more with every step that was taken: while the first step waits for a cold cache the later ones would only share with
+#: it what the origin gives. Nodes know what comes after it all the same (`shoal.streaming.announce`).
+FIRST_STEPS, MAX_STEPS = 2, 64
 #: What is loaded together goes up to so many, and so many bytes.
 GROUP_WANTS, GROUP_BYTES = 256, 8 << 20
 
@@ -92,6 +94,7 @@ class LookAhead:
         self._begun: deque[tuple[Reads, list[Want]]] = deque()
         self._loads: OrderedDict[Want, _Load] = OrderedDict()
         self._needed = 0  # loads that begun steps want
+        self._depth = FIRST_STEPS
         self._lock = threading.Lock()  # guards held_bytes, and that of each load
         self.held_bytes = 0
         self._threads = Threads(THREADS, "shoal-stream")
@@ -108,6 +111,7 @@ class LookAhead:
         loads = [self._loads[want] for want in wants]
         tables = {want: self._await(load) for want, load in zip(wants, loads, strict=True)}
         self._begun.popleft()
+        self._depth = min(self._depth + 1, MAX_STEPS)
         for want, load in zip(wants, loads, strict=True):
             load.needs -= 1
             if load.needs:
@@ -136,7 +140,7 @@ class LookAhead:
 
     def _begin(self) -> None:
         """Begin the loads of as many steps as there is room for."""
-        while len(self._begun) < MAX_STEPS:
+        while len(self._begun) < self._depth:
             if self._next is None:
                 reads = next(self._steps, None)
                 if reads is None:
