@@ -8,8 +8,8 @@ end before its steps are computed, nor before the origin has sent what was missi
     bound      the larger of the computing and the missed bytes at the origin's rate
     missed     bytes that the origin's proxy let pass during the epoch
     rate       what the fastest S3 client gets through that proxy, measured in the same run
-    accounted  of what the epoch took beyond its computing (as measured, with what sleep and the ranks' meeting are late),
-               how much the streams' own reports name
+    accounted  of what the epoch took beyond its computing (as measured: sleep is late, and ranks meet), how much the
+               streams' own reports name
 
 The cluster has the index of the samples beforehand; what it read to build it is told apart.
 

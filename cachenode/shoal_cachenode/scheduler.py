@@ -31,6 +31,7 @@ from typing import Any, Protocol
 
 from shoal.errors import OriginUnavailable, ShoalError
 from shoal.shards import Key
+from shoal.threads import Threads
 from shoal_cachenode.origin_budget import OriginBudget, OriginBusy
 from shoal_cachenode.pace import Pace
 
@@ -161,9 +162,10 @@ class Scheduler:
         self._pace = pace
         self._lanes: dict[OriginBudget, _Lane] = {}
         self._sequence = itertools.count()
-        self._threads = ThreadPoolExecutor(DATASETS_AT_A_TIME * fetches, thread_name_prefix="fill")
+        # They wait for origins and peers, and no exit for them: what was not recorded of a part is fetched again.
+        self._threads = Threads(DATASETS_AT_A_TIME * fetches, "fill")
         # Nobody waits for a move: a peer serves the shard meanwhile.
-        self._movers = ThreadPoolExecutor(MOVERS, thread_name_prefix="move", initializer=_yield_to_others)
+        self._movers = Threads(MOVERS, "move", initializer=_yield_to_others)
         # Nobody waits for a seal but the end of a prefetch: it yields to readers and to the fetches they wait for.
         self._sealers = ThreadPoolExecutor(SEALERS, thread_name_prefix="seal", initializer=_yield_to_others)
         # Fetches wait when seals do not keep up: what is filled but not sealed is not safe on the drive.
@@ -248,8 +250,9 @@ class Scheduler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for threads in (self._threads, self._movers, self._sealers):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
+        self._movers.close()
+        self._sealers.shutdown(wait=False, cancel_futures=True)
 
     async def _fetch(self, lane: _Lane, waiting: _Waiting) -> None:
         fill, part = waiting.fill, waiting.part
@@ -257,7 +260,7 @@ class Scheduler:
         again = is_well = False
         try:
             threads = self._movers if waiting.urgency is Urgency.REBALANCE else self._threads
-            is_last = await asyncio.get_running_loop().run_in_executor(threads, fill.fetch, part)
+            is_last = await asyncio.wrap_future(threads.submit(fill.fetch, part))
             is_well = True
             fill.arrived(part)
             if is_last:

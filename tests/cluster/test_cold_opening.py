@@ -216,12 +216,13 @@ def test_an_s3_origin_gives_a_small_part_at_the_opening_and_the_rest_once(
     stream.close()
 
 
-def test_a_node_told_to_stop_within_a_build_stops(s3: Weed) -> None:
-    """The origin stalls; the build's threads, and those that read for it, would wait for it for minutes."""
+@pytest.mark.parametrize("batch_bytes", [2 << 20, 200 << 10], ids=["aside", "through"])
+def test_a_node_told_to_stop_within_a_build_stops(s3: Weed, batch_bytes: int) -> None:
+    """The origin stalls; the build's threads, and those that read or fill for it, would wait for it for minutes."""
     with TroubledOrigin(s3.endpoint_url) as origin, DevCluster(nodes=1, capacity="100MiB") as cluster:
-        dataset = S3Dataset("stops-within-a-build", s3, origin.endpoint_url)
+        dataset = S3Dataset(f"stops-within-a-build-{batch_bytes}", s3, origin.endpoint_url)
         dataset.options["patience"] = {"read_s": 300, "idle_s": 120}
-        dataset.put(large_arrow(2, 2, 2 << 20))
+        dataset.put(large_arrow(2, 2, batch_bytes))
         dataset.add(cluster)
         opened = Cluster(cluster.endpoint, use_local=False)
         snapshot = opened.snapshot(opened.dataset(dataset.name).snapshot)

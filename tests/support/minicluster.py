@@ -253,5 +253,6 @@ async def _end(node: CacheNode) -> None:
     """Close a node. Unlike those of a process that dies, its threads have to be waited for: they write files."""
     scheduler = node.fills._scheduler
     await node.close()
-    for threads in (scheduler._threads, scheduler._movers, scheduler._sealers):
-        await asyncio.to_thread(threads.shutdown, wait=True)
+    for threads in (scheduler._threads, scheduler._movers):
+        assert await asyncio.to_thread(threads.join, 60)
+    await asyncio.to_thread(scheduler._sealers.shutdown, wait=True)

@@ -8,6 +8,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from shoal.cluster import Cluster
 from shoal.errors import ClusterUnavailable, InvalidRequest
 from shoal.streaming import indexing, skim
 from shoal.streaming.formats import arrow_ipc, parquet, tar
+from shoal.streaming.formats.format import Format
 from shoal.streaming.formats.source import SourceFile
 from shoal.streaming.index import Index
 from shoal.streaming.selection import Selection
@@ -100,6 +102,31 @@ def test_objects_are_taken_some_at_a_time(cluster: MiniCluster, monkeypatch: pyt
     monkeypatch.setattr(indexing, "run_parallel", noting)
     build(cluster, PATTERNS[0], together=2)
     assert taken == [2, 2]
+
+
+def test_columns_are_compared_also_with_a_first_object_that_is_the_last_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = {f"{number}.arrow": wide_arrow(is_file=True) for number in range(3)}
+    objects["2.arrow"] = test_streams.objects()["train/0.arrow"]
+    others = threading.Semaphore(0)
+    real = indexing._arrow
+
+    def late(name: str, it: Skim) -> Any:
+        if name == "0.arrow":
+            assert others.acquire(timeout=20) and others.acquire(timeout=20)
+            return real(name, it)
+        schema, extents = real(name, it)
+        found = list(extents)
+        others.release()
+        return schema, found
+
+    monkeypatch.setitem(indexing._READS, Format.ARROW, indexing._Reads(late))
+    with (
+        MiniCluster(tmp_path, objects, part_size=1 << 16, shard_size=1 << 18) as cluster,
+        pytest.raises(InvalidRequest, match=r"0\.arrow and 2\.arrow have different columns"),
+    ):
+        build(cluster, "*.arrow")
 
 
 def test_a_build_ends_within_an_object(cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from shoal import shard_client
 from shoal.connection import Answer
-from shoal.errors import OriginChanged, OriginUnavailable
+from shoal.errors import NotCached, OriginChanged, OriginUnavailable
 from shoal.transport import Transport
 from shoal.wire import batch, cache_status
 from shoal.wire.batch import ShardRange
@@ -147,6 +147,13 @@ def test_a_batch_may_say_it_too(make: Callable[..., MiniCluster]) -> None:
         answer = Transport().get(cluster.nodes[0].address, target, shard_client.NO_STORE, method="POST", content=body)
         assert answer.body[:30] == b"".join(PLAIN[SHARD * n + 5 : SHARD * n + 15] for n in range(3))
         assert cluster.origin.bytes_read == 30 and is_empty(cluster)
+
+
+def test_with_only_if_cached_nothing_passes(make: Callable[..., MiniCluster]) -> None:
+    with make() as cluster:
+        with pytest.raises(NotCached):
+            ask(cluster, 0, 0, 6, **{"Cache-Control": "only-if-cached, no-store"})
+        assert is_empty(cluster) and not cluster.origin.reads
 
 
 @pytest.mark.parametrize("text", ["no-store", "No-Store", "max-age=0, no-store", " no-store ,x"])
