@@ -45,7 +45,7 @@ from shoal.streaming.order import Order  # noqa: E402
 from shoal.streaming.stream import Stream  # noqa: E402
 from shoal.torch import IterableStream, Samples, merged  # noqa: E402
 from shoal.torch.epochs import Epochs  # noqa: E402
-from shoal_cachenode import needs  # noqa: E402
+from shoal_cachenode import indexes, needs  # noqa: E402
 from tests.support import streams  # noqa: E402
 from tests.support.minicluster import DictOrigin, MiniCluster  # noqa: E402
 from tests.support.processes import (  # noqa: E402
@@ -301,6 +301,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
 @pytest.mark.parametrize("is_restarted", ["within", "after"])
 def test_while_a_node_builds_the_index(job: Job, monkeypatch: pytest.MonkeyPatch, is_restarted: str) -> None:
     """The build is the node's: it goes on, and whoever comes next takes it, or what has come of it."""
+    monkeypatch.setattr(indexes, "WAIT_S", 0.1)
     before = job.left_over()
     job.origin.hold()
     with process(job.train) as trainer:
@@ -316,6 +317,7 @@ def test_while_a_node_builds_the_index(job: Job, monkeypatch: pytest.MonkeyPatch
             assert trainer.heard() == "open"
             assert heard_rest(trainer) == expected()
     else:
+        wait_for(lambda: not job.left_over()["connections of node 0"])  # nobody is there who asked
         job.origin.let_go()
         wait_for(lambda: not any(node.indexes._building for node in job.cluster.nodes))
         job.assert_goes_on(None, expected())
