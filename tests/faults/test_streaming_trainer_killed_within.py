@@ -38,6 +38,7 @@ stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdat
 
 import shoal  # noqa: E402
 from shoal.origin import Sink  # noqa: E402
+from shoal.shards import Key  # noqa: E402
 from shoal.streaming import stream as streaming  # noqa: E402
 from shoal.streaming import world as worlds  # noqa: E402
 from shoal.streaming.announce import Announcer  # noqa: E402
@@ -46,6 +47,8 @@ from shoal.streaming.stream import Stream  # noqa: E402
 from shoal.torch import IterableStream, Samples, merged  # noqa: E402
 from shoal.torch.epochs import Epochs  # noqa: E402
 from shoal_cachenode import indexes, needs  # noqa: E402
+from shoal_cachenode.library import ShardSpec  # noqa: E402
+from shoal_cachenode.scheduler import Urgency  # noqa: E402
 from tests.support import streams  # noqa: E402
 from tests.support.minicluster import DictOrigin, MiniCluster  # noqa: E402
 from tests.support.processes import (  # noqa: E402
@@ -392,13 +395,15 @@ def join_group(path: Path, rank: int, size: int) -> None:
 
 @one_node
 @pytest.mark.parametrize("is_restarted", ["within", "after"])
-def test_while_it_waits_for_an_origin_that_hangs(job: Job, is_restarted: str) -> None:
+def test_while_it_waits_for_an_origin_that_hangs(job: Job, monkeypatch: pytest.MonkeyPatch, is_restarted: str) -> None:
     """The next one waits for the same bytes, which come once. What nobody needs any more is let go."""
     job.assert_goes_on(None, expected())
     job.be_cold()
     before = job.left_over()
     job.origin.hold()
     (node,) = job.cluster.nodes
+    awaited: dict[Key, int] = {}  # shards that a reader asked for, and their bytes
+    monkeypatch.setattr(node, "fill", functools.partial(note_and_fill, awaited, node.fill))
     with process(job.train, None, 1) as trainer:  # which reads nothing ahead, but tells what it will read
         assert trainer.heard() == "open"
         wait_for(lambda: job.is_awaited and not all(fill.is_kept for _, fill in node.fills.all()))
@@ -413,15 +418,28 @@ def test_while_it_waits_for_an_origin_that_hangs(job: Job, is_restarted: str) ->
     else:
         job.fall_silent()
         wait_for(lambda: job.announced == 0 and all(fill.is_kept or fill.has_failed for _, fill in node.fills.all()))
-        awaited_bytes = sum(fill.partial.header.size_bytes for _, fill in node.fills.all() if fill.is_kept)
         under_way_bytes = node.fills.fetches_in_flight * node.config.part_size
         job.origin.let_go()
         wait_for(lambda: node.fills.count == 0)  # of those let go the parts that came are kept, for whoever reads them
-        assert 0 < job.origin.bytes_read <= awaited_bytes + under_way_bytes < total_bytes
+        assert 0 < job.origin.bytes_read <= sum(awaited.values()) + under_way_bytes < total_bytes
         job.assert_goes_on(None, expected())
     job.assert_read_once()
     assert job.origin.bytes_read == total_bytes
     job.wait_for_return(before)
+
+
+def note_and_fill(
+    awaited: dict[Key, int],
+    fill: Callable[..., Any],
+    spec: ShardSpec,
+    order: Any,
+    urgency: Urgency,
+    *more: Any,
+    **due: Any,
+) -> Any:
+    if urgency is not Urgency.NEED:
+        awaited[spec.key] = spec.size_bytes
+    return fill(spec, order, urgency, *more, **due)
 
 
 @pytest.mark.parametrize("place", ["within the batch", "before its state", "before the checkpoint", "within it"])
