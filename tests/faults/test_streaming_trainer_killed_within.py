@@ -40,6 +40,7 @@ import shoal  # noqa: E402
 from shoal.origin import Sink  # noqa: E402
 from shoal.shards import Key  # noqa: E402
 from shoal.streaming import stream as streaming  # noqa: E402
+from shoal.streaming import trainer as trainers  # noqa: E402
 from shoal.streaming import world as worlds  # noqa: E402
 from shoal.streaming.announce import Announcer  # noqa: E402
 from shoal.streaming.order import Order  # noqa: E402
@@ -290,6 +291,7 @@ def resume(child: Child) -> None:
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Job]:
     job = Job(tmp_path, streams.arrow_objects(FILES, RUNS, ROWS), getattr(request, "param", 2))
     monkeypatch.setattr("tempfile.tempdir", str(job.temporary))
+    monkeypatch.setattr(trainers, "LOOK_S", 0.1)
     with job.cluster:
         try:
             yield job
@@ -334,8 +336,11 @@ def tell_and_get(asked: threading.Event, get: Callable[..., Any], *which: str) -
     return get(*which)
 
 
-@pytest.mark.parametrize("victim", [0, 1], ids=["rank 0", "rank 1"])
-@pytest.mark.parametrize("has_spoken", [False, True], ids=["before its word", "after its word"])
+@pytest.mark.parametrize(
+    ("victim", "has_spoken"),
+    [(0, False), (1, False), (0, True)],
+    ids=["rank 0 before its word", "rank 1 before its word", "rank 0 after its word"],
+)
 def test_while_ranks_meet(job: Job, victim: int, has_spoken: bool) -> None:
     """The others are told by what they meet with, torch.distributed, and a job that is started anew opens at once."""
     before = job.left_over()
@@ -664,6 +669,8 @@ def test_within_close(job: Job, monkeypatch: pytest.MonkeyPatch, is_heard: bool)
     """The nodes are told that a stream is over, or they find out."""
     before = job.left_over()
     leaves, go = threading.Event(), threading.Event()
+    if not is_heard:
+        leaves.set()
     for node in job.cluster.nodes:
         monkeypatch.setattr(node.streams, "hear", functools.partial(hear_slowly, node.streams.hear, leaves, go))
 
