@@ -89,9 +89,9 @@ class Scale:
 
 
 def full(size_bytes: int, rate: int) -> Scale:
-    """Objects of 32 MiB in record batches of 1 MiB, samples of 64 KiB; a window of a 64th of the data."""
-    objects = max(2, size_bytes // (32 << 20))
-    return Scale(objects, 32, 16, 64 << 10, batch_size=32, window=objects * 32 * 16 // 64, rate=rate, job_gap_s=3.0)
+    """Objects of 64 MiB in record batches of 1 MiB, samples of 64 KiB; a window of a 32nd of the data."""
+    objects = max(2, size_bytes // (64 << 20))
+    return Scale(objects, 64, 16, 64 << 10, batch_size=32, window=objects * 64 * 16 // 32, rate=rate, job_gap_s=3.0)
 
 
 TINY = Scale(8, 4, 16, 4 << 10, batch_size=8, window=32, rate=8 << 20, job_gap_s=0.1)
@@ -414,7 +414,7 @@ def show(result: dict[str, Any], *, is_judged: bool, say: Callable[[str], object
 @command.json_option
 @click.option("--tiny", is_flag=True, help="2 MiB: proves that it runs, measures nothing.")
 @click.option("--rate", type=SizeType(), default="128MiB", show_default=True, help="Bytes a second of the origin.")
-@click.option("--size", type=SizeType(), default="2GiB", show_default=True, help="Bytes of the dataset.")
+@click.option("--size", type=SizeType(), default="4GiB", show_default=True, help="Bytes of the dataset.")
 @command.workdir_option
 def main(json_path: Path | None, tiny: bool, rate: int, size: int, workdir: Path | None) -> None:
     """Epoch times beside their bound, with an origin that is held to a rate."""

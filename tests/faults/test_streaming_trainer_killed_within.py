@@ -38,14 +38,18 @@ stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdat
 
 import shoal  # noqa: E402
 from shoal.origin import Sink  # noqa: E402
+from shoal.shards import Key  # noqa: E402
 from shoal.streaming import stream as streaming  # noqa: E402
+from shoal.streaming import trainer as trainers  # noqa: E402
 from shoal.streaming import world as worlds  # noqa: E402
 from shoal.streaming.announce import Announcer  # noqa: E402
 from shoal.streaming.order import Order  # noqa: E402
 from shoal.streaming.stream import Stream  # noqa: E402
 from shoal.torch import IterableStream, Samples, merged  # noqa: E402
 from shoal.torch.epochs import Epochs  # noqa: E402
-from shoal_cachenode import needs  # noqa: E402
+from shoal_cachenode import indexes, needs  # noqa: E402
+from shoal_cachenode.library import ShardSpec  # noqa: E402
+from shoal_cachenode.scheduler import Urgency  # noqa: E402
 from tests.support import streams  # noqa: E402
 from tests.support.minicluster import DictOrigin, MiniCluster  # noqa: E402
 from tests.support.processes import (  # noqa: E402
@@ -287,6 +291,7 @@ def resume(child: Child) -> None:
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Job]:
     job = Job(tmp_path, streams.arrow_objects(FILES, RUNS, ROWS), getattr(request, "param", 2))
     monkeypatch.setattr("tempfile.tempdir", str(job.temporary))
+    monkeypatch.setattr(trainers, "LOOK_S", 0.1)
     with job.cluster:
         try:
             yield job
@@ -301,6 +306,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
 @pytest.mark.parametrize("is_restarted", ["within", "after"])
 def test_while_a_node_builds_the_index(job: Job, monkeypatch: pytest.MonkeyPatch, is_restarted: str) -> None:
     """The build is the node's: it goes on, and whoever comes next takes it, or what has come of it."""
+    monkeypatch.setattr(indexes, "WAIT_S", 0.1)
     before = job.left_over()
     job.origin.hold()
     with process(job.train) as trainer:
@@ -316,6 +322,7 @@ def test_while_a_node_builds_the_index(job: Job, monkeypatch: pytest.MonkeyPatch
             assert trainer.heard() == "open"
             assert heard_rest(trainer) == expected()
     else:
+        wait_for(lambda: not job.left_over()["connections of node 0"])  # nobody is there who asked
         job.origin.let_go()
         wait_for(lambda: not any(node.indexes._building for node in job.cluster.nodes))
         job.assert_goes_on(None, expected())
@@ -329,8 +336,11 @@ def tell_and_get(asked: threading.Event, get: Callable[..., Any], *which: str) -
     return get(*which)
 
 
-@pytest.mark.parametrize("victim", [0, 1], ids=["rank 0", "rank 1"])
-@pytest.mark.parametrize("has_spoken", [False, True], ids=["before its word", "after its word"])
+@pytest.mark.parametrize(
+    ("victim", "has_spoken"),
+    [(0, False), (1, False), (0, True)],
+    ids=["rank 0 before its word", "rank 1 before its word", "rank 0 after its word"],
+)
 def test_while_ranks_meet(job: Job, victim: int, has_spoken: bool) -> None:
     """The others are told by what they meet with, torch.distributed, and a job that is started anew opens at once."""
     before = job.left_over()
@@ -390,13 +400,15 @@ def join_group(path: Path, rank: int, size: int) -> None:
 
 @one_node
 @pytest.mark.parametrize("is_restarted", ["within", "after"])
-def test_while_it_waits_for_an_origin_that_hangs(job: Job, is_restarted: str) -> None:
+def test_while_it_waits_for_an_origin_that_hangs(job: Job, monkeypatch: pytest.MonkeyPatch, is_restarted: str) -> None:
     """The next one waits for the same bytes, which come once. What nobody needs any more is let go."""
     job.assert_goes_on(None, expected())
     job.be_cold()
     before = job.left_over()
     job.origin.hold()
     (node,) = job.cluster.nodes
+    awaited: dict[Key, int] = {}  # shards that a reader asked for, and their bytes
+    monkeypatch.setattr(node, "fill", functools.partial(note_and_fill, awaited, node.fill))
     with process(job.train, None, 1) as trainer:  # which reads nothing ahead, but tells what it will read
         assert trainer.heard() == "open"
         wait_for(lambda: job.is_awaited and not all(fill.is_kept for _, fill in node.fills.all()))
@@ -411,15 +423,28 @@ def test_while_it_waits_for_an_origin_that_hangs(job: Job, is_restarted: str) ->
     else:
         job.fall_silent()
         wait_for(lambda: job.announced == 0 and all(fill.is_kept or fill.has_failed for _, fill in node.fills.all()))
-        awaited_bytes = sum(fill.partial.header.size_bytes for _, fill in node.fills.all() if fill.is_kept)
         under_way_bytes = node.fills.fetches_in_flight * node.config.part_size
         job.origin.let_go()
         wait_for(lambda: node.fills.count == 0)  # of those let go the parts that came are kept, for whoever reads them
-        assert 0 < job.origin.bytes_read <= awaited_bytes + under_way_bytes < total_bytes
+        assert 0 < job.origin.bytes_read <= sum(awaited.values()) + under_way_bytes < total_bytes
         job.assert_goes_on(None, expected())
     job.assert_read_once()
     assert job.origin.bytes_read == total_bytes
     job.wait_for_return(before)
+
+
+def note_and_fill(
+    awaited: dict[Key, int],
+    fill: Callable[..., Any],
+    spec: ShardSpec,
+    order: Any,
+    urgency: Urgency,
+    *more: Any,
+    **due: Any,
+) -> Any:
+    if urgency is not Urgency.NEED:
+        awaited[spec.key] = spec.size_bytes
+    return fill(spec, order, urgency, *more, **due)
 
 
 @pytest.mark.parametrize("place", ["within the batch", "before its state", "before the checkpoint", "within it"])
@@ -644,6 +669,8 @@ def test_within_close(job: Job, monkeypatch: pytest.MonkeyPatch, is_heard: bool)
     """The nodes are told that a stream is over, or they find out."""
     before = job.left_over()
     leaves, go = threading.Event(), threading.Event()
+    if not is_heard:
+        leaves.set()
     for node in job.cluster.nodes:
         monkeypatch.setattr(node.streams, "hear", functools.partial(hear_slowly, node.streams.hear, leaves, go))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -157,3 +158,27 @@ def test_nobody_is_at_home_where_no_rank_runs_beside_a_node() -> None:
 def test_a_world_without_a_whole_step_is_refused_with_the_remedy() -> None:
     with pytest.raises(InvalidRequest, match=r"no rank would get a batch.*smaller batch_size"):
         plan_of(index_of([3]), 4, 1, drop_last=True)
+
+
+def test_segments_are_runs_that_are_fetched_together() -> None:
+    """Two objects of five runs of 3 MiB: they begin in parts 0, 0, 0, 1, 1 of their object."""
+    starts = np.tile(np.arange(5) * (3 << 20), 2)
+    columns = [np.repeat([0, 1], 5), np.tile(np.arange(5), 2), np.full(10, 4), starts, starts + (3 << 20)]
+    index = Index([np.array(column, np.int64) for column in columns], b"")
+    assert index.segments(1).tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    assert index.segments(2).tolist() == [0] * 5 + [1] * 5
+    sample_bytes = (3 << 20) // 4
+    assert [plans.segment_parts(index, (parts * 32 << 20) // sample_bytes + 1) for parts in (0, 1, 3, 9)] == [
+        1,
+        1,
+        3,
+        4,
+    ]
+    for seed in range(20):
+        order = plans.order_of(index, seed=seed, epoch=0, window=1)
+        numbers = index.segments(1)[order.sequence[0]].tolist()
+        assert [number for number, _ in itertools.groupby(numbers)] == list(dict.fromkeys(numbers)), (
+            "none is torn apart"
+        )
+    orders = {tuple(plans.order_of(index, seed=s, epoch=0, window=1).sequence[0].tolist()) for s in range(20)}
+    assert len(orders) > 10

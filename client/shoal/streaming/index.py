@@ -64,13 +64,12 @@ class Index:
         """Bytes of all runs."""
         return int((self.ends - self.starts).sum())
 
-    @property
-    def segments(self) -> Numbers:
-        """The segment that each run belongs to: of an object's runs those that begin in the same 8 MiB of it.
+    def segments(self, parts: int) -> Numbers:
+        """The segment that each run belongs to: of an object's runs those that begin in the same so many parts of it.
 
-        So what one fetch from the origin brings in is a segment, but for what sticks out at its end.
+        A part is what one fetch from the origin brings in: so a segment needs few bytes that are not its own.
         """
-        places = self.starts // PART_SIZE
+        places = self.starts // (parts * PART_SIZE)
         is_first = np.ones(len(self), np.bool_)
         is_first[1:] = (np.diff(self.rows) != 0) | (np.diff(places) != 0)
         return np.cumsum(is_first) - 1
