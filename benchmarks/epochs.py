@@ -91,7 +91,7 @@ class Scale:
 def full(size_bytes: int, rate: int) -> Scale:
     """Objects of 64 MiB in record batches of 1 MiB, samples of 64 KiB; a window of a 32nd of the data."""
     objects = max(2, size_bytes // (64 << 20))
-    return Scale(objects, 64, 16, 64 << 10, batch_size=32, window=objects * 64 * 16 // 32, rate=rate, job_gap_s=3.0)
+    return Scale(objects, 64, 16, 64 << 10, batch_size=64, window=objects * 64 * 16 // 32, rate=rate, job_gap_s=3.0)
 
 
 TINY = Scale(8, 4, 16, 4 << 10, batch_size=8, window=32, rate=8 << 20, job_gap_s=0.1)

@@ -258,6 +258,7 @@ def _epoch(end: Connection, barrier: Barrier | None, training: Training, rank: i
         causes.append({cause: now.causes[cause] - before.causes.get(cause, 0.0) for cause in now.causes})
         before = now
         ids.append(_ids_of(batch))
+        del batch  # or it is given back between two steps, which is nobody's time
         time.sleep(max(0.0, due - time.monotonic()))
         _meet(barrier)
         outside_s.append(time.monotonic() - handed)

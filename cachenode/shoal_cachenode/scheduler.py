@@ -44,6 +44,9 @@ AHEAD_SHARE = 0.75
 #: Fetches for streams at a time, after there were none for `REST_S`; each that ends well makes it one more (slow start,
 #: RFC 5681, 3.1). An origin gives many at a time each a little: what is needed first would come as late as the rest.
 NEEDS_AT_FIRST, REST_S = 2, 1.0
+#: What is needed later than this is fetched by no more than these few: other nodes, which share the origin's bandwidth,
+#: may be in need.
+NEAR_S = 2.0
 #: Threads that verify and sync finished shards, and finished shards that may wait for them.
 SEALERS = 2
 SEALS_WAITING = 64
@@ -130,8 +133,10 @@ class _Lane:
         share = AHEAD_SHARE if waiting.urgency >= Urgency.NEED else 1.0
         if self.in_flight >= max(1.0, share * fetches):
             return math.inf
-        if waiting.urgency is Urgency.NEED and self.needs >= self.needs_width:
-            return math.inf
+        if waiting.urgency is Urgency.NEED:
+            later_s = waiting.due - time.monotonic() - NEAR_S
+            if self.needs >= (self.needs_width if later_s <= 0 else NEEDS_AT_FIRST):
+                return later_s if 0 < later_s < math.inf and self.needs < self.needs_width else math.inf
         return self.budget.room_in_s(share) if from_origin else 0.0
 
     def begun(self, waiting: _Waiting) -> None:
