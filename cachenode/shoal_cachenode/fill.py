@@ -3,7 +3,8 @@
 What is fetched next, of all fills of a node, is the scheduler's to say (`shoal_cachenode.scheduler`).
 
 A fill for readers brings in the part that one waits for, and then the rest. Where streams have said what they will read
-of the shard, they *lead* the fill: they say which part is next, and the rest comes when nothing nearer is to be done.
+of the shard, they *lead* the fill: they say which part is next, and the rest comes when nothing nearer is to be done,
+unless it is prefetched too.
 
 The rule: a waiter never fetches. It asks its fill for a part and waits; whoever gives up waiting harms nobody else.
 """
@@ -73,6 +74,7 @@ class Fill:
         #: Called on the loop whenever a part is in.
         self.on_arrived: Callable[[], None] = lambda: None
         self._is_led = urgency is Urgency.NEED
+        self._is_prefetched = urgency is Urgency.PREFETCH
         self._dues: dict[int, float] = {}  # of the parts that are queued because streams need them
         self._has_begun = False
         self._queued: set[int] = set()
@@ -124,8 +126,13 @@ class Fill:
         """Somebody else asks for the shard: streams, which lead it from now on; or anybody for good."""
         if urgency is Urgency.NEED:
             self._is_led = True  # what is queued already stays
-        else:
-            self.is_kept |= urgency is not Urgency.REBALANCE  # which would not ask the origin either
+            return
+        self.is_kept |= urgency is not Urgency.REBALANCE  # which would not ask the origin either
+        if self._urgency_of_rest is Urgency.NEED:
+            self._urgency_of_rest = max(urgency, Urgency.REST)
+        if urgency is Urgency.PREFETCH and not self._is_prefetched:
+            self._is_prefetched = True
+            self._feed()
 
     def need(self, start: int, end: int, due: float) -> int:
         """Streams need bytes [start, end) of the shard at `due` (`time.monotonic`); return `missing` parts of them."""
@@ -180,11 +187,16 @@ class Fill:
         if not self._has_begun:
             return
         present = self._part_count - len(self._missing)
-        while len(self._queued) < 2 + present and (self._wanted or (self._rest and not self._is_led)):
+        while len(self._queued) < 2 + present and (self._wanted or (self._rest and not self._is_only_led)):
             queue, urgency = (self._wanted, Urgency.DEMAND) if self._wanted else (self._rest, self._urgency_of_rest)
             part = queue.popleft()
             if part in self._missing and part not in self._in_flight:
                 self._push(urgency, part)
+
+    @property
+    def _is_only_led(self) -> bool:
+        """Whether the rest waits for the streams' word: a prefetch wants it all as soon as may be."""
+        return self._is_led and not self._is_prefetched
 
     @property
     def _part_count(self) -> int:

@@ -14,6 +14,8 @@ from shoal.errors import InvalidRequest
 from shoal.origin import Sink
 from shoal.wire.stream_post import StreamPost
 from shoal_cachenode import streams
+from shoal_cachenode.library import find_shard
+from shoal_cachenode.scheduler import Urgency
 from tests.support.minicluster import DictOrigin, MiniCluster
 from tests.support.waiting import wait_for
 
@@ -51,6 +53,11 @@ class Node:
         rows, parts, in_s = np.array(needs, np.uint32).reshape(-1, 3).T
         post = StreamPost(rows, rows * 0, parts, in_s * 1000, is_leaving=is_leaving)
         self.cluster.run(self.node.streams.hear(self.cluster.snapshot.digest, NAME, post))
+
+    def prefetch(self, row: int) -> None:
+        digest = self.cluster.snapshot.digest
+        spec = find_shard(self.node.library.knowledge.dataset_of(digest), self.cluster.snapshot, row, 0)
+        self.cluster.run(self.node.fill(spec, self.node.order(spec), Urgency.PREFETCH))
 
     def waits_for(self, count: int) -> None:
         """Until so many parts wait for their fetch."""
@@ -129,6 +136,20 @@ def test_a_reader_who_wants_it_all_gets_it_when_the_streams_are_over(make: Calla
     node.origin.may_answer.set()
     reader.join(20)
     assert found == [OBJECTS["o0"][:30]]
+    wait_for(lambda: node.sealed == 1)
+
+
+def test_what_is_prefetched_too_does_not_wait_for_the_streams(
+    make: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams.Streams, "_fetch_rest", lambda *_: None)
+    node = make()
+    node.post((0, 3, 0))
+    node.waits_for(1)
+    node.origin.may_answer.set()
+    wait_for(lambda: node.node.fills.fetches_in_flight == 0)
+    assert node.origin.asked == [(0, 3)]
+    node.prefetch(0)
     wait_for(lambda: node.sealed == 1)
 
 
