@@ -11,6 +11,7 @@ from shoal.cluster import Cluster
 from shoal.origin import Sink
 from shoal.streaming.announce import Announcer
 from shoal_cachenode import needs
+from shoal_cachenode.scheduler import NEEDS_AT_FIRST
 from tests.support.minicluster import DictOrigin, MiniCluster
 from tests.support.processes import Child, Say
 from tests.support.waiting import wait_for
@@ -54,7 +55,7 @@ def test_its_needs_are_forgotten_and_its_fills_end(
         origin_is_asked = tmp_path / "asked"
         with Child(announce) as child:
             assert child.heard() == "told"
-            wait_for(lambda: node.fills.fetches_in_flight == 3)  # of four, one is a reader's
+            wait_for(lambda: node.fills.fetches_in_flight == NEEDS_AT_FIRST)
             origin_is_asked.touch()
             assert node.streams.count == 1 and node.streams.missing_bytes == 30 * 640
             if not leaves:
@@ -69,7 +70,9 @@ def test_its_needs_are_forgotten_and_its_fills_end(
         assert found == [OBJECTS["29"]], "whoever reads has its bytes"
         wait_for(lambda: node.fills.count == 0)
         fetched = {path for path, _, _ in origin.reads} - {"29"}
-        assert len([path for path, _, _ in origin.reads if path != "29"]) == 3, "the parts that were under way"
+        assert len([path for path, _, _ in origin.reads if path != "29"]) == NEEDS_AT_FIRST, (
+            "the parts that were under way"
+        )
         assert not node.inventory.needed
         for path in sorted(fetched):  # the next stream has them, and no part of them comes twice
             assert fs.cat_file(f"set/{path}") == OBJECTS[path]

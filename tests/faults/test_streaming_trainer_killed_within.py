@@ -251,7 +251,8 @@ def loader_of(dataset: Any, *, workers: int = 2, **more: Any) -> Any:
 
 def expected(epoch: int = 0) -> list[int]:
     """The ids of an epoch, in their order."""
-    order = Order(np.full(FILES * RUNS, ROWS), seed=SEED, epoch=epoch, window=WINDOW)
+    files = np.repeat(np.arange(FILES), RUNS)  # each is small: a segment
+    order = Order(np.full(FILES * RUNS, ROWS), seed=SEED, epoch=epoch, window=WINDOW, segments=files)
     return [int(each) for each in order.samples(0, SAMPLES)]
 
 
