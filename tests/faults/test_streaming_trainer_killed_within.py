@@ -97,7 +97,7 @@ class Job:
     """A training job over nodes that have nothing yet, and a directory of our own for temporary files."""
 
     def __init__(self, directory: Path, objects: dict[str, bytes], nodes: int) -> None:
-        self.directory, self.temporary = directory, directory / "temporary"
+        self.directory, self.temporary = directory, directory / "t"
         self.temporary.mkdir()
         self.cluster = MiniCluster(directory / "c", objects, nodes=nodes, part_size=1 << 13, shard_size=1 << 14)
         self.cluster.origin = self.origin = HeldOrigin(objects)
@@ -289,8 +289,11 @@ def resume(child: Child) -> None:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Job]:
-    job = Job(tmp_path, streams.arrow_objects(FILES, RUNS, ROWS), getattr(request, "param", 2))
+def job(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Job]:
+    directory = tmp_path_factory.mktemp("j")  # torch makes sockets below it, whose paths must be short
+    job = Job(directory, streams.arrow_objects(FILES, RUNS, ROWS), getattr(request, "param", 2))
     monkeypatch.setattr("tempfile.tempdir", str(job.temporary))
     monkeypatch.setattr(trainers, "LOOK_S", 0.1)
     with job.cluster:
@@ -455,11 +458,14 @@ def test_between_a_batch_and_its_checkpoint(job: Job, monkeypatch: pytest.Monkey
     checkpoint, steps = job.directory / "checkpoint", 5
 
     def train(say: Say) -> None:
-        stream, taken = job.open(), 0
+        stream, taken, made = job.open(), 0, 0
         batch_of = streaming.batch_of
 
         def slow_batch_of(*parts: Any) -> pa.Table:
-            if place == "within the batch" and taken == steps:
+            nonlocal made
+            made += 1
+            if place == "within the batch" and made == steps + 1:
+                wait_for(lambda: taken == steps)  # the trainer waits for this one
                 pause(say, "here")
             return batch_of(*parts)
 
