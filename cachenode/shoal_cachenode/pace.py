@@ -22,7 +22,7 @@ LOOK_S = 1.0
 #: A share of the time that may always be waited: a move alone on a small machine waits for itself.
 FREE_SHARE = 0.05
 #: How much more than without moves is not yet more.
-TOLERANCE = 1.25
+TOLERANCE = 1.1
 FASTER, SLOWER = 1.1, 0.5
 #: How much of what was known of the time without moves a new look replaces, where it is less, and where it is more:
 #: that may be the moves of other nodes on this machine, and should they all think it is trainers, none would be slow.
