@@ -108,7 +108,7 @@ class Room:
         A fill is left over where its source failed, and the readers turned to the shard's owner meanwhile.
         """
         node = self._node
-        idle = await asyncio.to_thread(node.store.idle_partials, ABANDONED_AFTER_S)
+        idle = node.store.idle_partials(ABANDONED_AFTER_S)
         if not idle or not node.library.knowledge.snapshots():
             return
         for digest in node.library.knowledge.snapshots():

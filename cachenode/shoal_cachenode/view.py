@@ -43,6 +43,7 @@ class NodeView:
             "version": VERSION,
             "role": "cachenode",
             "node_id": self._node.id,
+            "cluster_id": knowledge.cluster_id,
         }
 
     def datasets(self) -> list[DatasetRecord]:

@@ -86,6 +86,7 @@ class Cluster:
         self._endpoint = parse_endpoint(endpoint) if endpoint else ""
         self._map = ClusterMap()
         self._known_epoch = 0
+        self._cluster_id = ""
         self._not_renewed_at = -math.inf  # `time.monotonic` of the last failure, if it was the last attempt
         self._snapshots: weakref.WeakValueDictionary[str, Snapshot] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[str, Snapshot] = OrderedDict()  # of these some that perhaps nobody holds now
@@ -137,9 +138,10 @@ class Cluster:
 
     def newer_map(self, epoch: int) -> bool:
         """Whether there is a map newer than `epoch`: fetches it, unless nobody answered just now."""
+        cluster_id = self._cluster_id
         if time.monotonic() - self._not_renewed_at > RENEW_AGAIN_S:
             self.refresh_map()
-        return self._map.epoch > epoch
+        return self._map.epoch > epoch or self._cluster_id != cluster_id
 
     def _fetch_document(self, *, is_patient: bool = True) -> dict[str, Any]:
         body = self.ask("/v1/cluster", is_patient=is_patient).body
@@ -147,24 +149,50 @@ class Cluster:
             newest: dict[str, Any] = json.loads(body)
             ClusterMap.from_json(json.dumps(newest["map"]))
             is_late = newest["epoch"] < self._known_epoch
+            is_another = self._is_another(newest)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ClusterUnavailable(
                 f"what answers at {self._endpoint or 'the local socket'} is no Shoal process: correct SHOAL_ENDPOINT "
                 "(or storage_options 'endpoint')"
             ) from error
-        if is_late:
+        if is_another:
+            found = self._document_of_endpoint()  # which decides: of the others one may know the former cluster
+            if found is None:
+                self._known_epoch = self._map.epoch  # what was heard of a newer one is of the other cluster too
+                return self.document
+            newest = found
+            if self._is_another(newest):
+                with self._lock:
+                    self._map, self._known_epoch, self._cluster_id = ClusterMap(), 0, ""
+                    self._placements.clear()
+        elif is_late:
             # Whoever answered is late itself. The nodes hear of a new map from the controller, so one of them has it.
             for address in self._node_addresses():
                 try:
                     document = json.loads(self.transport.get(address, "/v1/cluster", is_hasty=True).body)
                 except (Unavailable, Overloaded):
                     continue
-                newest = max(newest, document, key=lambda d: d["epoch"])
+                if document.get("cluster_id") == newest.get("cluster_id"):
+                    newest = max(newest, document, key=lambda d: d["epoch"])
         with self._lock:
             if newest["epoch"] >= self._map.epoch:
                 self._map = ClusterMap.from_json(json.dumps(newest["map"]))
+                self._cluster_id = str(newest.get("cluster_id", ""))
             self._known_epoch = self._map.epoch
         return newest
+
+    def _is_another(self, document: dict[str, Any]) -> bool:
+        """Whether a document is of another cluster than the one known so far: one whose controller lost its record."""
+        cluster_id = document.get("cluster_id", "")
+        return bool(cluster_id and self._cluster_id and cluster_id != self._cluster_id)
+
+    def _document_of_endpoint(self) -> dict[str, Any] | None:
+        """What the endpoint says; None where there is none, or it does not answer."""
+        try:
+            answer = self.transport.get(self._endpoint, "/v1/cluster", is_hasty=True) if self._endpoint else None
+        except (Unavailable, Overloaded):
+            return None
+        return json.loads(answer.body) if answer is not None else None
 
     def _node_addresses(self) -> list[str]:
         return [n.address for n in self._map.nodes if n.state is not NodeState.DOWN]

@@ -38,6 +38,7 @@ class ControllerView:
             "version": VERSION,
             "role": "controller",
             "node_id": "",
+            "cluster_id": self._shell.cluster_id,
         }
 
     def datasets(self) -> list[DatasetRecord]:

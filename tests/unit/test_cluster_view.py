@@ -170,3 +170,31 @@ def test_a_controller_that_is_overloaded_does_not_change_what_a_node_said(three:
     three.handlers[2] = overloaded
     with pytest.raises(NotFound, match="not heard of"):
         view.ask("/v1/x")
+
+
+def document(cluster_id: str, epoch: int, *addresses: str) -> bytes:
+    nodes = tuple(Node(f"{cluster_id}{number}", address, 1) for number, address in enumerate(addresses))
+    cluster_map = json.loads(ClusterMap(epoch, nodes).to_json())
+    return json.dumps({"epoch": epoch, "map": cluster_map, "cluster_id": cluster_id}).encode()
+
+
+def test_a_controller_that_lost_its_record_is_followed_and_nodes_that_have_not_heard_are_not() -> None:
+    """Its epochs begin anew, and so would be taken for old ones."""
+    with Foreign() as controller, Foreign() as node:
+        address = node.endpoint.removeprefix("http://")
+        controller.body = document("old", 50, address)
+        ours = Cluster(controller.endpoint, use_local=False)
+        assert (ours.map.epoch, ours.map.nodes[0].id) == (50, "old0")
+        node.body = document("old", 51, address)
+        controller.body = document("new", 2, address)
+        assert ours.newer_map(50), "there is another one"
+        assert (ours.map.epoch, ours.map.nodes[0].id) == (2, "new0")
+        ours.note_epoch(51)  # says the node, which has not heard yet
+        assert ours.map.nodes[0].id == "new0"
+        controller.status, controller.body = 503, b""
+        ours.note_epoch(51)
+        assert ours.map.nodes[0].id == "new0", "the node alone is no proof"
+        controller.status, controller.body = 200, document("new", 3, address)
+        assert ours.newer_map(2) and ours.map.epoch == 3
+        for server in (controller, node):
+            server.shutdown()
