@@ -4,7 +4,7 @@ What is fetched next, of all fills of a node, is the scheduler's to say (`shoal_
 
 A fill for readers brings in the part that one waits for, and then the rest. Where streams have said what they will read
 of the shard, they *lead* the fill: they say which part is next, and the rest comes when nothing nearer is to be done,
-unless it is prefetched too.
+unless it is prefetched or moved too.
 
 The rule: a waiter never fetches. It asks its fill for a part and waits; whoever gives up waiting harms nobody else.
 """
@@ -74,7 +74,8 @@ class Fill:
         #: Called on the loop whenever a part is in.
         self.on_arrived: Callable[[], None] = lambda: None
         self._is_led = urgency is Urgency.NEED
-        self._is_prefetched = urgency is Urgency.PREFETCH
+        self._is_wanted_whole = urgency in (Urgency.PREFETCH, Urgency.REBALANCE)
+        self._seal_is_taken = False
         self._dues: dict[int, float] = {}  # of the parts that are queued because streams need them
         self._has_begun = False
         self._queued: set[int] = set()
@@ -130,8 +131,8 @@ class Fill:
         self.is_kept |= urgency is not Urgency.REBALANCE  # which would not ask the origin either
         if self._urgency_of_rest is Urgency.NEED:
             self._urgency_of_rest = max(urgency, Urgency.REST)
-        if urgency is Urgency.PREFETCH and not self._is_prefetched:
-            self._is_prefetched = True
+        if urgency in (Urgency.PREFETCH, Urgency.REBALANCE) and not self._is_wanted_whole:
+            self._is_wanted_whole = True
             self._feed()
 
     def need(self, start: int, end: int, due: float) -> int:
@@ -187,7 +188,9 @@ class Fill:
         if not self._has_begun:
             return
         present = self._part_count - len(self._missing)
-        while len(self._queued) < 2 + present and (self._wanted or (self._rest and not self._is_only_led)):
+        while len(self._queued - self._dues.keys()) < 2 + present and (
+            self._wanted or (self._rest and not self._is_only_led)
+        ):
             queue, urgency = (self._wanted, Urgency.DEMAND) if self._wanted else (self._rest, self._urgency_of_rest)
             part = queue.popleft()
             if part in self._missing and part not in self._in_flight:
@@ -195,8 +198,8 @@ class Fill:
 
     @property
     def _is_only_led(self) -> bool:
-        """Whether the rest waits for the streams' word: a prefetch wants it all as soon as may be."""
-        return self._is_led and not self._is_prefetched
+        """Whether the rest waits for the streams' word: a prefetch or a move wants it all as soon as may be."""
+        return self._is_led and not self._is_wanted_whole
 
     @property
     def _part_count(self) -> int:
@@ -251,6 +254,8 @@ class Fill:
         waiter = self._waiters.get(part)
         if waiter is None:
             waiter = self._waiters[part] = self._loop.create_future()
+            if part in self._missing and part not in self._in_flight:
+                self._push(Urgency.DEMAND, part)  # it may be queued for a stream that needs it much later
         return waiter
 
     def size_of(self, part: int) -> int:
@@ -262,6 +267,10 @@ class Fill:
         """Whether the scheduler should fetch `part` now: a part may be queued twice, and is fetched once."""
         if self.sealed.done() or part in self._in_flight or (self._missing and part not in self._missing):
             return False
+        if not self._missing:  # all that is left is the seal, whichever part it comes with
+            if self._seal_is_taken:
+                return False
+            self._seal_is_taken = True
         self._in_flight.add(part)
         self._idle.clear()
         return True
@@ -329,7 +338,7 @@ class Fill:
 
     def will_seal(self) -> None:
         """On the loop: a thread works on the file from now on until `seal_ended`, or waits for its turn to."""
-        self._is_sealing = True
+        self._is_sealing = self._seal_is_taken = True
         self._idle.clear()
 
     def seal_ended(self) -> None:
@@ -423,7 +432,12 @@ class Fills:
             )
             task = self._fills[key] = asyncio.create_task(self._begin(key, size_bytes, make))
             task.add_done_callback(lambda t: t.cancelled() or t.exception())  # all who asked may have left
-        fill = await asyncio.shield(task)
+        try:
+            fill = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if urgency is Urgency.NEED:  # or nobody would lead it
+                task.add_done_callback(_let_go)
+            raise
         fill.join(urgency)
         return fill
 
@@ -475,3 +489,8 @@ class Fills:
         for task in (*self._watchers.values(), *self._fills.values()):
             task.cancel()
         await self._scheduler.close()
+
+
+def _let_go(task: asyncio.Task[Fill]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().let_go()

@@ -122,14 +122,15 @@ class Room:
                 if not order or (rank is not None and rank < spec.dataset.record.replicas):
                     continue  # this node's; or there is no map now to say whose
             try:
-                await node.disk.run(node.store.evict, key)
+                freed = await node.disk.run(node.store.evict, key)
             except DiskStalls:
                 return
             except OSError as error:
                 node.disk.failed(error)
                 return
-            node.usage.forget(key)
-            log.info("what came of shard %s is dropped: nobody went on with it", key.hex())
+            if freed:  # else somebody went on with it just now
+                node.usage.forget(key)
+                log.info("what came of shard %s is dropped: nobody went on with it", key.hex())
 
     async def _states(self) -> tuple[DatasetState, ...] | None:
         """What retention must know of each dataset; None while the listing of one is not to be had."""

@@ -115,18 +115,31 @@ class _Waiting:
 
 @dataclass(slots=True)
 class _Lane:
-    """The parts of one dataset: those that a peer may give, those that only the origin gives, and those under way."""
+    """The parts of one dataset: those that a peer may give, those that only the origin gives, and those under way.
+
+    What streams need has queues of its own: where it is not to begin yet, what comes after it may.
+    """
 
     budget: OriginBudget
     anywhere: list[_Waiting] = field(default_factory=list)
+    anywhere_needs: list[_Waiting] = field(default_factory=list)
     origin: list[_Waiting] = field(default_factory=list)
+    origin_needs: list[_Waiting] = field(default_factory=list)
     in_flight: int = 0
     needs: int = 0  # of these, for streams
     needs_width: int = NEEDS_AT_FIRST
     needs_ended_at: float = -math.inf
 
-    def push(self, waiting: _Waiting) -> None:
-        heapq.heappush(self.origin if waiting.fill.needs_origin else self.anywhere, waiting)
+    def push(self, waiting: _Waiting, *, from_origin: bool) -> None:
+        if waiting.urgency is Urgency.NEED:
+            heapq.heappush(self.origin_needs if from_origin else self.anywhere_needs, waiting)
+        else:
+            heapq.heappush(self.origin if from_origin else self.anywhere, waiting)
+
+    @property
+    def waiting(self) -> int:
+        """Parts that wait."""
+        return len(self.anywhere) + len(self.anywhere_needs) + len(self.origin) + len(self.origin_needs)
 
     def room_in_s(self, waiting: _Waiting, fetches: int, *, from_origin: bool) -> float:
         """As `OriginBudget.room_in_s`; infinity where the dataset has enough under way."""
@@ -183,10 +196,11 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Parts that wait."""
-        return sum(len(lane.anywhere) + len(lane.origin) for lane in self._lanes.values())
+        return sum(lane.waiting for lane in self._lanes.values())
 
     def push(self, urgency: Urgency, fill: Filling, part: int, due: float = 0.0) -> None:
-        self._lane(fill).push(_Waiting(urgency, due, next(self._sequence), fill, part))
+        waiting = _Waiting(urgency, due, next(self._sequence), fill, part)
+        self._lane(fill).push(waiting, from_origin=fill.needs_origin)
         self.dispatch()
 
     def _lane(self, fill: Filling) -> _Lane:
@@ -220,13 +234,14 @@ class Scheduler:
         chosen: tuple[_Lane, list[_Waiting]] | None = None
         soonest_s = math.inf
         for budget, lane in list(self._lanes.items()):
-            if not lane.anywhere and not lane.origin:
+            if not lane.waiting:
                 if not lane.in_flight and time.monotonic() - lane.needs_ended_at > REST_S:
                     del self._lanes[budget]
                 continue
-            for queue in filter(None, (lane.anywhere, lane.origin)):
+            for queue in filter(None, (lane.anywhere, lane.anywhere_needs, lane.origin, lane.origin_needs)):
                 first = queue[0]
-                room_in_s = lane.room_in_s(first, self._fetches, from_origin=queue is lane.origin)
+                from_origin = queue is lane.origin or queue is lane.origin_needs
+                room_in_s = lane.room_in_s(first, self._fetches, from_origin=from_origin)
                 if self._pace is not None and first.urgency is Urgency.REBALANCE:
                     room_in_s = max(room_in_s, self._pace.room_in_s())
                 if room_in_s > 0:
@@ -290,7 +305,7 @@ class Scheduler:
                 # A reader may have come meanwhile, and found the part under way.
                 if fill.is_awaited(part):
                     waiting = _Waiting(Urgency.DEMAND, 0.0, waiting.sequence, fill, part)
-                heapq.heappush(lane.origin, waiting)
+                lane.push(waiting, from_origin=True)
             self.dispatch()
 
     def _as_long_waiting(self, lane: _Lane, began: int) -> Iterator[Filling]:

@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 #: Posts come in bursts: ranks step together.
 SETTLE_S = 0.05
+#: Parts come in bursts too, and each look goes through all that is under way.
+ARRIVALS_S = 0.01
 #: Where there is no room for one shard of a dataset, or the drive is sick, no other one is tried for so long.
 PAUSE_S = 5.0
 #: Parts that may be queued for needs, for each fetch: one under way, and one that comes next.
@@ -212,8 +214,7 @@ class Streams:
                 async with asyncio.timeout(None if until == math.inf else max(0.0, until - self._clock())):
                     await self._changed.wait()
             try:
-                if self._is_stale:
-                    await asyncio.sleep(SETTLE_S)
+                await asyncio.sleep(SETTLE_S if self._is_stale else ARRIVALS_S)
                 self._changed.clear()
                 await self._look()
             except Exception:
@@ -271,7 +272,7 @@ class Streams:
     def _fetch_rest(self, fetches: int) -> None:
         """Have so many fetches bring in the rest of shards that have been begun, and of those that are in the way."""
         begun = [each.fill for each in self._under_way.values() if each.fill is not None]
-        for fill in begun[: len(begun) + 1 - MOST_FILLS] if len(self._under_way) >= MOST_FILLS else ():
+        for fill in begun[: max(0, len(begun) + 1 - MOST_FILLS)]:
             fill.need_rest(self._clock())
         for place, each in self._under_way.items():
             if each.fill is not None and not self._outlook.needs(place):

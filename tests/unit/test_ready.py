@@ -39,6 +39,9 @@ class Steps:
         self.awaited.waited(begin, time.perf_counter(), trace)
         return self.made, self.made
 
+    def stop(self) -> None:
+        pass
+
     def close(self) -> None:
         self.is_closed = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -143,6 +144,23 @@ def test_what_streams_need_begins_gently_and_again_after_a_rest(monkeypatch: pyt
             (lane,) = scheduler._lanes.values()
             assert lane.needs_width == 2 + 10
             await asyncio.sleep(0.06)
+
+    scenario(run)
+
+
+def test_what_is_needed_much_later_holds_up_no_prefetch() -> None:
+    async def run(scheduler: Scheduler) -> None:
+        one = Dataset(scheduler, most=100)
+        scheduler._fetches = 100
+        fills = []
+        for part in range(10):
+            fills.append(Fake(one, False))
+            scheduler.push(Urgency.NEED, fills[-1], part, time.monotonic() + 3600)
+        fills += [one.push(PREFETCH, 50 + part) for part in range(3)]
+        await until(lambda: sum(part >= 50 for part in one.begun) == 3)
+        assert [part for part in one.begun if part < 50] == [0, 1], "a few go on all the same"
+        one.go.set()
+        await until(lambda: all(fill.has_arrived for fill in fills))
 
     scenario(run)
 

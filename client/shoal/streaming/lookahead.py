@@ -95,6 +95,7 @@ class LookAhead:
         self._loads: OrderedDict[Want, _Load] = OrderedDict()
         self._needed = 0  # loads that begun steps want
         self._depth = FIRST_STEPS
+        self._is_over = False
         self._lock = threading.Lock()  # guards held_bytes, and that of each load
         self.held_bytes = 0
         self._threads = Threads(THREADS, "shoal-stream")
@@ -124,6 +125,10 @@ class LookAhead:
         self._begin()
         return reads, tables
 
+    def stop(self) -> None:
+        """Begin no load any more; those that are queued fail. From any thread, before `close`."""
+        self._is_over = True
+
     def close(self) -> None:
         """Let go of what is loaded; loads under way end by themselves."""
         self._threads.close()
@@ -140,7 +145,7 @@ class LookAhead:
 
     def _begin(self) -> None:
         """Begin the loads of as many steps as there is room for."""
-        while len(self._begun) < self._depth:
+        while len(self._begun) < self._depth and not self._is_over:
             if self._next is None:
                 reads = next(self._steps, None)
                 if reads is None:
@@ -203,6 +208,9 @@ class LookAhead:
 
     def _run(self, group: list[Want], loads: list[_Load], future: Future[None], trace: Trace) -> None:
         """In a thread."""
+        if self._is_over:
+            future.set_exception(RuntimeError("nobody wants it any more"))
+            return
         begin = time.perf_counter()
         try:
             with provenance.observed() as seen:

@@ -83,6 +83,7 @@ class Ready:
 
     def close(self) -> None:
         """Let go of everything, what is being made as soon as that has ended. Waits for nothing."""
+        self._ahead.stop()
         for future in self._futures:
             future.cancel()
         if self._threads is None:
