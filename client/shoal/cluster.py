@@ -34,6 +34,7 @@ from shoal.errors import (
     NotFound,
     Overloaded,
     ShardCorrupt,
+    ShoalError,
     StoreUnusable,
     Unavailable,
 )
@@ -44,7 +45,7 @@ from shoal.transport import Transport
 
 log = logging.getLogger(__name__)
 
-MAX_PLACEMENTS = 16
+MAX_PLACEMENTS = 64
 #: Snapshots kept besides those that file systems have: a process that lives through many refreshes keeps no old ones.
 MAX_SNAPSHOTS = 16
 #: A map that nobody gave is not asked for again by those whose reads fail for this long.
@@ -90,7 +91,7 @@ class Cluster:
         self._not_renewed_at = -math.inf  # `time.monotonic` of the last failure, if it was the last attempt
         self._snapshots: weakref.WeakValueDictionary[str, Snapshot] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[str, Snapshot] = OrderedDict()  # of these some that perhaps nobody holds now
-        self._placements: OrderedDict[tuple[str, int, int], Placement] = OrderedDict()
+        self._placements: OrderedDict[tuple[str, int], Placement] = OrderedDict()
         self._reset_lock()
         self.document: dict[str, Any] = {}
         self.document = self._fetch_document()
@@ -144,55 +145,58 @@ class Cluster:
         return self._map.epoch > epoch or self._cluster_id != cluster_id
 
     def _fetch_document(self, *, is_patient: bool = True) -> dict[str, Any]:
-        body = self.ask("/v1/cluster", is_patient=is_patient).body
+        newest = self._parsed(self.ask("/v1/cluster", is_patient=is_patient).body)
+        if self._is_another(newest):
+            # Of the others one may know the former cluster: the one that was configured decides.
+            found = self._document_of(self._endpoint or (self.local.address if self.local is not None else ""))
+            if found is None:
+                self._known_epoch = self._map.epoch  # what was heard of a newer one is of the other cluster too
+                return self.document
+            self._adopt(found, may_be_another=True)
+            return found
+        if newest["epoch"] < self._known_epoch:
+            # Whoever answered is late itself. The nodes hear of a new map from the controller, so one of them has it.
+            for address in self._node_addresses():
+                document = self._document_of(address)
+                if document is not None and document.get("cluster_id") == newest.get("cluster_id"):
+                    newest = max(newest, document, key=lambda d: d["epoch"])
+        self._adopt(newest, may_be_another=False)
+        return newest
+
+    def _parsed(self, body: bytes) -> dict[str, Any]:
         try:
-            newest: dict[str, Any] = json.loads(body)
-            ClusterMap.from_json(json.dumps(newest["map"]))
-            is_late = newest["epoch"] < self._known_epoch
-            is_another = self._is_another(newest)
+            document: dict[str, Any] = json.loads(body)
+            ClusterMap.from_json(json.dumps(document["map"]))
+            _ = document["epoch"] < self._known_epoch
+            return document
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ClusterUnavailable(
                 f"what answers at {self._endpoint or 'the local socket'} is no Shoal process: correct SHOAL_ENDPOINT "
                 "(or storage_options 'endpoint')"
             ) from error
-        if is_another:
-            found = self._document_of_endpoint()  # which decides: of the others one may know the former cluster
-            if found is None:
-                self._known_epoch = self._map.epoch  # what was heard of a newer one is of the other cluster too
-                return self.document
-            newest = found
-            if self._is_another(newest):
-                with self._lock:
-                    self._map, self._known_epoch, self._cluster_id = ClusterMap(), 0, ""
-                    self._placements.clear()
-        elif is_late:
-            # Whoever answered is late itself. The nodes hear of a new map from the controller, so one of them has it.
-            for address in self._node_addresses():
-                try:
-                    document = json.loads(self.transport.get(address, "/v1/cluster", is_hasty=True).body)
-                except (Unavailable, Overloaded):
-                    continue
-                if document.get("cluster_id") == newest.get("cluster_id"):
-                    newest = max(newest, document, key=lambda d: d["epoch"])
-        with self._lock:
-            if newest["epoch"] >= self._map.epoch:
-                self._map = ClusterMap.from_json(json.dumps(newest["map"]))
-                self._cluster_id = str(newest.get("cluster_id", ""))
-            self._known_epoch = self._map.epoch
-        return newest
+
+    def _document_of(self, address: str) -> dict[str, Any] | None:
+        """What a process says of its cluster; None where it does not."""
+        try:
+            return self._parsed(self.transport.get(address, "/v1/cluster", is_hasty=True).body) if address else None
+        except ShoalError:
+            return None
 
     def _is_another(self, document: dict[str, Any]) -> bool:
         """Whether a document is of another cluster than the one known so far: one whose controller lost its record."""
         cluster_id = document.get("cluster_id", "")
         return bool(cluster_id and self._cluster_id and cluster_id != self._cluster_id)
 
-    def _document_of_endpoint(self) -> dict[str, Any] | None:
-        """What the endpoint says; None where there is none, or it does not answer."""
-        try:
-            answer = self.transport.get(self._endpoint, "/v1/cluster", is_hasty=True) if self._endpoint else None
-        except (Unavailable, Overloaded):
-            return None
-        return json.loads(answer.body) if answer is not None else None
+    def _adopt(self, document: dict[str, Any], *, may_be_another: bool) -> None:
+        """Take the map of a document, unless another thread took a newer one meanwhile."""
+        cluster_map = ClusterMap.from_json(json.dumps(document["map"]))
+        with self._lock:
+            is_another = self._is_another(document)
+            if may_be_another or not is_another:
+                if is_another or cluster_map.epoch > self._map.epoch:
+                    self._map = cluster_map
+                self._cluster_id = document.get("cluster_id", "") or self._cluster_id
+            self._known_epoch = self._map.epoch
 
     def _node_addresses(self) -> list[str]:
         return [n.address for n in self._map.nodes if n.state is not NodeState.DOWN]
@@ -332,15 +336,16 @@ class Cluster:
     def placement(self, snapshot: Snapshot, replicas: int) -> Placement:
         """Who owns the shards of a snapshot under the newest map."""
         cluster_map = self.map
-        key = snapshot.digest, cluster_map.epoch, replicas
+        key = snapshot.digest, replicas
         known = self._placements.get(key)  # without the lock, as for each range of a batch
-        if known is not None:
+        if known is not None and known.cluster_map is cluster_map:
             return known
         with self._lock:
             placement = self._placements.get(key)
-            if placement is None:
+            if placement is None or placement.cluster_map is not cluster_map:
                 placement = Placement(snapshot.shard_table, snapshot.shard_count(), cluster_map, replicas)
                 self._placements[key] = placement
+                self._placements.move_to_end(key)
                 while len(self._placements) > MAX_PLACEMENTS:
                     self._placements.popitem(last=False)
             return placement

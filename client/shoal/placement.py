@@ -145,7 +145,7 @@ class Placement:
         self, table: Callable[[], ShardTable], shard_count: int, cluster_map: ClusterMap, replicas: int
     ) -> None:
         self._table = functools.lru_cache(maxsize=1)(table)
-        self._epoch = cluster_map.epoch
+        self.cluster_map = cluster_map
         self.shard_count = shard_count
         self.nodes = tuple(sorted(cluster_map.owners(), key=lambda n: n.id))
         self._owners = _Owners(self.nodes, replicas)
@@ -185,7 +185,8 @@ class Placement:
 
     def _nobody(self) -> ClusterUnavailable:
         return ClusterUnavailable(
-            f"no cache node is up (cluster map epoch {self._epoch}): start one, or wait until one has registered"
+            f"no cache node is up (cluster map epoch {self.cluster_map.epoch}): start one, or wait until one has "
+            "registered"
         )
 
     def primaries(self) -> Indexes:
