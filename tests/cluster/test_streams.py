@@ -172,7 +172,7 @@ def test_all_time_inside_the_stream_is_told(cluster: MiniCluster, monkeypatch: p
     real = Stream._tell
 
     def slow(stream: Stream, horizon: Any) -> None:
-        time.sleep(0.05)
+        time.sleep(0.05)  # no wait for anything: that is how slow it is
         real(stream, horizon)
 
     monkeypatch.setattr(Stream, "_tell", slow)
