@@ -290,7 +290,16 @@ class CacheNode:
             if node.id != self.id and node not in before and not self.is_avoided(node, avoid)
         ]
         peers += [self.peer(node, spec, cached_only=True) for node in others]
-        return FirstThatHasIt(peers, Nobody() if is_move else self.origin_source(spec, waits=waits))
+        last = Nobody() if is_move else self.origin_source(spec, waits=waits)
+        return FirstThatHasIt(peers, last, functools.partial(self._late_holders, spec))
+
+    def _late_holders(self, spec: ShardSpec, since: float) -> list[PeerSource]:
+        """In a thread: who has a shard now that the origin does not give, asked again if need be."""
+        digest = spec.snapshot.digest
+        self.whereabouts.ask_from_thread(digest, newer_than=since)
+        holders = self.whereabouts.holders(digest, spec.ordinal)
+        nodes = self.library.knowledge.cluster_map.nodes
+        return [self.peer(node, spec, cached_only=True, is_hasty=False) for node in nodes if node.id in holders]
 
     def _may_hold(self, spec: ShardSpec, order: tuple[MapNode, ...], replicas: int) -> list[MapNode]:
         """Nodes that may hold a shard, those that own it first."""
@@ -315,11 +324,12 @@ class CacheNode:
         avoid: frozenset[str] = shard_client.NOBODY,
         until: float = math.inf,
         counter: Counter | None = None,
+        is_hasty: bool = True,
         is_kept: bool = True,
     ) -> PeerSource:
         counter = counter or self.counters.peer_bytes
         return PeerSource(
-            self.transport, node.address, spec.at, self.id, cached_only, counter, avoid, until, is_kept=is_kept
+            self.transport, node.address, spec.at, self.id, cached_only, counter, avoid, until, is_hasty, is_kept
         )
 
     def budget_of(self, dataset: str) -> OriginBudget:

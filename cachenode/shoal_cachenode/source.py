@@ -8,10 +8,12 @@ All of them block and are used from several threads at once.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -166,20 +168,30 @@ class FirstThatHasIt:
     """Peers in order, then the last resort. A peer that fails once for this shard is not asked again.
 
     But where the last resort fails too: then those that were silent or overloaded are asked once more, and with
-    patience. On a machine short of processors a peer may seem dead that has the only copy.
+    patience. On a machine short of processors a peer may seem dead that has the only copy. And peers that got the shard
+    since they were asked what they have: one of them may have filled it for a reader that this node did not answer.
+
+    Args:
+        late_holders: peers that have the shard at a time (`time.monotonic`) or later. May block.
     """
 
-    def __init__(self, peers: Sequence[PeerSource], last: Source) -> None:
+    def __init__(
+        self,
+        peers: Sequence[PeerSource],
+        last: Source,
+        late_holders: Callable[[float], Sequence[PeerSource]] = lambda _: (),
+    ) -> None:
         self._peers = tuple(peers)
         self._silent: tuple[PeerSource, ...] = ()
         self._last = last
+        self._late_holders = late_holders
 
     @property
     def needs_origin(self) -> bool:
         return not self._peers and self._last.needs_origin
 
     def stream(self, start: int, end: int, sink: Sink) -> None:
-        reached = start
+        began, reached = time.monotonic(), start
 
         def take(data: memoryview) -> None:
             nonlocal reached
@@ -197,9 +209,16 @@ class FirstThatHasIt:
         try:
             return self._last.stream(reached, end, take)
         except OriginError as failure:
-            for peer in self._silent:
+            for peer in itertools.chain(self._silent, _lazily(self._late_holders, began)):
                 try:
-                    return peer.stream(reached, end, take)
+                    peer.stream(reached, end, take)
                 except _ASK_ANOTHER as error:
                     log.debug("a peer does not give the bytes from %d on, nor does the origin: %s", reached, error)
+                else:
+                    self._peers += (peer,)  # the next part need not wait until the origin has failed again
+                    return None
             raise failure
+
+
+def _lazily(late_holders: Callable[[float], Sequence[PeerSource]], since: float) -> Iterator[PeerSource]:
+    yield from late_holders(since)

@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 #: A read that finds no shard here right after a map change waits so long to hear who holds it.
 PATIENCE_S = 2.0
+#: While an origin fails and many fills ask who else has their shards, an answer of so long ago is new enough.
+ANSWER_AGE_S = 0.25
 
 Bits = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -67,6 +70,7 @@ class Whereabouts:
         self._node = node
         self._known: dict[str, Known] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
+        self._loop = asyncio.get_running_loop()
 
     def holders(self, digest: str, ordinal: int) -> frozenset[str]:
         """Ids of peers that said they hold a shard."""
@@ -112,6 +116,15 @@ class Whereabouts:
                 task.add_done_callback(lambda _: self._asking.pop(digest))
             await asyncio.shield(task)
 
+    def ask_from_thread(self, digest: str, *, newer_than: float) -> None:
+        """As `ask`, in any other thread than the loop's, and no longer than a reader waits for news of it."""
+        newer_than = min(newer_than, time.monotonic() - ANSWER_AGE_S)
+        asking = asyncio.run_coroutine_threadsafe(self.ask(digest, newer_than=newer_than), self._loop)
+        try:
+            asking.result(PATIENCE_S)
+        except (TimeoutError, CancelledError):
+            asking.cancel()  # a peer is silent, or the node ends; what the others said is known
+
     def forget(self, served: set[str]) -> None:
         """Drop what is known of snapshots that are served no more."""
         for digest in set(self._known) - served:
@@ -135,13 +148,15 @@ class Whereabouts:
         except ShoalError as error:
             log.info("snapshot %s is not to be had: %s", digest, error)
         else:
-            peers = self._peers()
-            answers = await asyncio.gather(*(asyncio.to_thread(self._ask_peer, peer, digest) for peer in peers))
-            found = {
-                peer.id: bits
-                for peer, bits in zip(peers, answers, strict=True)
-                if bits is not None and len(bits) == -(-count // 8)
-            }
+            before = self._known.setdefault(digest, Known())
+
+            async def ask(peer: Node) -> None:
+                bits = await asyncio.to_thread(self._ask_peer, peer, digest)
+                if bits is not None and len(bits) == -(-count // 8):
+                    # Known at once: whoever asks now need not wait for a peer that does not answer.
+                    found[peer.id] = before.bits[peer.id] = bits
+
+            await asyncio.gather(*map(ask, self._peers()))
         self._known[digest] = Known(epoch, asked_at, found)
 
     def _ask_peer(self, peer: Node, digest: str) -> bytes | None:

@@ -13,13 +13,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from shoal import shard_client
 from shoal.cli.control import Control
 from shoal.devcluster import DevCluster
 from shoal.errors import OriginUnavailable
 from shoal.filesystem import ShoalFileSystem
+from shoal.shard_client import ShardAt
 from shoal.transport import Transport
+from shoal_cachenode.whereabouts import ANSWER_AGE_S
+from tests.support.moves import Fetched, Shards
 from tests.support.origin_faults import Trouble, TroubledOrigin
 from tests.support.waiting import wait_for
 from tests.support.weed import Weed
@@ -157,3 +162,25 @@ def test_an_origin_that_hangs_keeps_no_other_dataset_waiting(place: Place) -> No
         place.origin.always(Trouble.NONE)
         place.origin.go_on.set()
         assert [each.result() for each in hanging] == [OBJECTS[name] for name in names]
+
+
+def test_what_another_node_filled_in_the_owners_stead_is_served_while_the_origin_is_gone(tmp_path: Path) -> None:
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    for name, data in OBJECTS.items():
+        (origin / name).write_bytes(data)
+    with DevCluster(nodes=2, data_dir=tmp_path / "cluster", capacity="1GiB") as cluster:
+        with Control(cluster.controller_grpc) as control:
+            control.add_dataset("set", f"file://{origin}", shard_size=0, replicas=1, storage_options="{}")
+        fs = ShoalFileSystem(endpoint=cluster.endpoint, local=False, skip_instance_cache=True)
+        shards, names = Shards(cluster, 1), sorted(OBJECTS)
+        known, late = (int(row) for row in np.flatnonzero(shards.owned(0))[:2])
+        assert fs.cat_file(f"set/{names[known]}") == OBJECTS[names[known]]  # the owner has asked who holds what by now
+        row = ShardAt(shards.digest, late, 0, len(OBJECTS[names[late]]))
+        one, other = (cluster.nodes[n].ready for n in (0, 1))
+        Transport().get(str(other["http"]), row.target, shard_client.avoiding([str(one["id"])]))
+        wait_for(lambda: bool(shards.held(1)[late]))
+        time.sleep(2 * ANSWER_AGE_S)
+        origin.rename(tmp_path / "away")
+        assert fs.cat_file(f"set/{names[late]}") == OBJECTS[names[late]]
+        assert Fetched.by(cluster, 0).from_peers == len(OBJECTS[names[late]])

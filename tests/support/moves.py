@@ -58,9 +58,9 @@ class Shards:
 
     def __init__(self, cluster: DevCluster, replicas: int) -> None:
         with Control(cluster.controller_grpc) as control:
-            self._digest = control.dataset("set").snapshot
+            self.digest = control.dataset("set").snapshot
         self._cluster, self._replicas = cluster, replicas
-        self._snapshot = Snapshot.open(cluster.data_dir / "controller" / "snapshots" / f"{self._digest}.arrow")
+        self._snapshot = Snapshot.open(cluster.data_dir / "controller" / "snapshots" / f"{self.digest}.arrow")
         self._transport = Transport(read_timeout_s=SANE_S)
 
     def bytes_of(self, mask: Mask) -> int:
@@ -69,7 +69,7 @@ class Shards:
     def held(self, node: int) -> Mask:
         """Which shards a running node has sealed."""
         address = str(self._cluster.nodes[node].ready["http"])
-        answer = self._transport.get(address, f"/v1/snapshots/{self._digest}/held", {"Via": "1.1 test"})
+        answer = self._transport.get(address, f"/v1/snapshots/{self.digest}/held", {"Via": "1.1 test"})
         return unpack(answer.body, self._snapshot.shard_count())
 
     def owned(self, node: int) -> Mask:

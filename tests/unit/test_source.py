@@ -67,6 +67,23 @@ def test_the_origins_failure_is_told_where_nobody_else_has_the_bytes() -> None:
     assert asked == ["a", "origin", "a, patiently"]
 
 
+def test_peers_that_got_the_shard_meanwhile_are_asked_where_the_origin_failed_and_first_from_then_on() -> None:
+    asked: list[str] = []
+    origin, late = Scripted("origin", asked, 7, DOWN), Scripted("late", asked)
+    received = bytearray()
+
+    def late_holders(since: float) -> list[Scripted]:
+        asked.append("who has it?")
+        return [Scripted("gone", asked, failure=NotCached("no")), late]
+
+    source = FirstThatHasIt([], origin, late_holders)  # type: ignore[arg-type]
+    for _ in range(2):
+        received.clear()
+        source.stream(0, len(PLAIN), received.extend)
+        assert received == PLAIN
+    assert asked == ["origin", "who has it?", "gone", "late", "late"]
+
+
 def test_an_origin_without_room_for_now_is_not_one_that_failed() -> None:
     asked: list[str] = []
     with pytest.raises(OriginBusy):
