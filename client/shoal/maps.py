@@ -91,24 +91,30 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _FAILED = ctypes.c_void_p(-1).value
 
 
-class _Region:
-    """Mapped memory, unmapped with the last buffer that has this as its base."""
+class Region:
+    """Mapped memory of a file, unmapped with the last that has this as its base. The descriptor stays the caller's.
+
+    Raises:
+        OSError: it cannot be mapped, or is shorter than `length`.
+    """
 
     __slots__ = ("_unmap", "address", "length")
 
-    def __init__(self, address: int, length: int) -> None:
+    def __init__(self, descriptor: int, length: int, access: int = mmap.PROT_READ) -> None:
+        if os.fstat(descriptor).st_size < length:  # touching pages past the end of a file is a SIGBUS
+            raise OSError(errno.EINVAL, "the file is shorter than what is to be mapped")
+        address = _libc.mmap(None, length, access, mmap.MAP_SHARED, descriptor, 0)
+        if address is None or address == _FAILED:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
         self.address, self.length = address, length
         self._unmap = _libc.munmap  # its own reference: modules may be gone when the interpreter ends
 
     def __del__(self) -> None:
-        self._unmap(self.address, self.length)
+        if hasattr(self, "_unmap"):
+            self._unmap(self.address, self.length)
 
 
 def _map(descriptor: int, length: int) -> pa.Buffer:
-    if os.fstat(descriptor).st_size < length:  # touching pages past the end of a file is a SIGBUS
-        raise OSError(errno.EINVAL, "the file is shorter than its shard")
-    address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-    if address is None or address == _FAILED:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return pa.foreign_buffer(address, length, base=_Region(address, length))
+    region = Region(descriptor, length)
+    return pa.foreign_buffer(region.address, length, base=region)

@@ -18,11 +18,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-import pyarrow as pa
-
 from shoal import provenance
 from shoal.streaming.plan import Reads
-from shoal.streaming.runs import Loaded, Want
+from shoal.streaming.runs import Loaded, Rows, Want
 from shoal.streaming.waits import Trace, shares_of
 from shoal.threads import Threads
 
@@ -71,7 +69,7 @@ class _Load:
     held_bytes: int
     is_shared: bool
     needs: int = 0
-    table: pa.Table | None = None
+    table: Rows | None = None
 
 
 class LookAhead:
@@ -100,10 +98,10 @@ class LookAhead:
         self.held_bytes = 0
         self._threads = Threads(THREADS, "shoal-stream")
 
-    def __iter__(self) -> Iterator[tuple[Reads, dict[Want, pa.Table]]]:
+    def __iter__(self) -> Iterator[tuple[Reads, dict[Want, Rows]]]:
         return self
 
-    def __next__(self) -> tuple[Reads, dict[Want, pa.Table]]:
+    def __next__(self) -> tuple[Reads, dict[Want, Rows]]:
         """The next step and what it wants. Raises what a load raised; then there is nothing more to have."""
         self._begin()
         if not self._begun:
@@ -135,7 +133,7 @@ class LookAhead:
         self._loads.clear()
         self._begun.clear()
 
-    def _await(self, load: _Load) -> pa.Table:
+    def _await(self, load: _Load) -> Rows:
         if load.table is None:
             begin = time.perf_counter()
             concurrent.futures.wait([load.future])

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from shoal.streaming.lookahead import LookAhead
 from shoal.streaming.plan import Reads
-from shoal.streaming.runs import Want
+from shoal.streaming.runs import Rows, Want
 from shoal.streaming.waits import Trace, Waits
 from shoal.threads import Threads
 
@@ -58,7 +58,7 @@ class Ready:
         self,
         ahead: LookAhead,
         awaited: Awaited,
-        batch_of: Callable[[Reads, Mapping[Want, pa.Table]], pa.Table],
+        batch_of: Callable[[Reads, Mapping[Want, Rows]], pa.Table],
         depth: int = DEPTH,
     ) -> None:
         self._ahead, self._awaited, self._batch_of = ahead, awaited, batch_of

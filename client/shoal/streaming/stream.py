@@ -39,7 +39,7 @@ from shoal.streaming.lookahead import LookAhead
 from shoal.streaming.order import Order
 from shoal.streaming.plan import Homes, Plan, Reads, order_of
 from shoal.streaming.ready import DEPTH, Awaited, Ready
-from shoal.streaming.runs import Runs, Want
+from shoal.streaming.runs import Rows, Runs, Want
 from shoal.streaming.selection import Selection
 from shoal.streaming.state import State
 from shoal.streaming.steps import Schedule
@@ -386,10 +386,10 @@ def _worker_info() -> Any:
     return module.get_worker_info() if module is not None else None
 
 
-def batch_of(reads: Reads, tables: Mapping[Want, pa.Table]) -> pa.Table:
+def batch_of(reads: Reads, tables: Mapping[Want, Rows]) -> pa.Table:
     """A step's samples in their order: neighbours of one run as one slice of it, nothing copied."""
     runs, places = reads.runs, reads.places.copy()
-    found: dict[int, pa.Table] = {}
+    found: dict[int, Rows] = {}
     for want, table in tables.items():
         found[want.run] = table
         if want.places is not None:  # the table has just these rows
@@ -402,6 +402,9 @@ def batch_of(reads: Reads, tables: Mapping[Want, pa.Table]) -> pa.Table:
         found[run].slice(place, length)
         for run, place, length in zip(runs[starts].tolist(), places[starts].tolist(), lengths.tolist(), strict=True)
     ]
+    if all(isinstance(each, pa.RecordBatch) for each in found.values()):
+        return pa.Table.from_batches(slices)
+    slices = [each if isinstance(each, pa.Table) else pa.Table.from_batches([each]) for each in slices]
     try:
         return pa.concat_tables(slices)
     except pa.ArrowInvalid:  # samples of tars need not have the same columns, and to look beforehand costs more

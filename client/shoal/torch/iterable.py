@@ -24,7 +24,7 @@ from shoal.streaming import state as states
 from shoal.streaming import trainer
 from shoal.streaming.state import State
 from shoal.streaming.stream import Stream
-from shoal.torch import tensors
+from shoal.torch import handover, tensors
 from shoal.torch.epochs import Epochs
 
 
@@ -109,7 +109,9 @@ class IterableStream(IterableDataset[Any]):
         for taken, table in enumerate(self.stream, loop.taken + 1):
             # Counted when it is handed out: whoever asks for the state between two batches has had this one.
             self._taken = taken
-            yield tensors.tensors(table, copy=copy) if self.transform is None else self.transform(table)
+            yield (
+                handover.copied(tensors.tensors(table, copy=copy)) if self.transform is None else self.transform(table)
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop stands, for StatefulDataLoader, which asks in each worker; JSON values.
@@ -155,6 +157,10 @@ class IterableStream(IterableDataset[Any]):
             self._epochs.next, self._loop = (given.epoch, given.position), None
         else:
             self._given = given
+
+
+def _tensors(table: pa.Table, copy: bool | None) -> dict[str, Any]:
+    return handover.copied(tensors.tensors(table, copy=copy))
 
 
 def merged(loader_state: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from shoal.errors import InvalidRequest
 from shoal.streaming import trainer
 from shoal.streaming.formats.format import Format
 from shoal.streaming.plan import Reads
-from shoal.streaming.runs import Loaded, Runs, Want
+from shoal.streaming.runs import Loaded, Rows, Runs, Want
 from shoal.streaming.stream import Stream, batch_of
 from shoal.streaming.waits import Trace
 from shoal.torch import tensors
@@ -110,7 +110,7 @@ class Samples(Dataset[Any]):
         reads = Reads(0, runs, wanted - self._firsts[runs], np.ones(len(runs), np.bool_))
         return batch_of(reads, self._tables(np.unique(runs).tolist()))
 
-    def _tables(self, numbers: list[int]) -> dict[Want, pa.Table]:
+    def _tables(self, numbers: list[int]) -> dict[Want, Rows]:
         if self._runs is None or self._pid != os.getpid():  # a fork's child: its parent's locks may be held for ever
             if get_worker_info() is not None:
                 trainer.follow()
@@ -136,7 +136,7 @@ class _Kept:
         self._runs: OrderedDict[int, Loaded] = OrderedDict()
         self._lock = threading.Lock()  # guards both
 
-    def get(self, run: int) -> pa.Table | None:
+    def get(self, run: int) -> Rows | None:
         with self._lock:
             loaded = self._runs.get(run)
             if loaded is None:

@@ -1,0 +1,197 @@
+"""Batches that real DataLoader workers hand over in memory that is used again: right, and never written while held."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, default_convert
+
+import shoal.torch
+from shoal.torch import handover
+
+WIDTH = 3000
+
+
+class Numbers(Dataset[Any]):
+    """Sample n is n everywhere."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Any:
+        return {"row": torch.full((WIDTH,), number, dtype=torch.uint16), "number": number}
+
+
+def loader(count: int, **options: Any) -> DataLoader[Any]:
+    return DataLoader(Numbers(count), batch_size=4, num_workers=2, collate_fn=shoal.torch.collate, **options)
+
+
+def check(batch: Any, first: int) -> None:
+    numbers = list(range(first, first + 4))
+    assert batch["number"].tolist() == numbers
+    assert type(batch["row"]) is torch.Tensor
+    assert batch["row"].shape == (4, WIDTH)
+    assert batch["row"].numpy().tolist() == [[number] * WIDTH for number in numbers]
+
+
+def test_batches_that_are_held_are_never_written() -> None:
+    held = list(loader(400))
+    for number, batch in enumerate(held):
+        check(batch, 4 * number)
+
+
+def test_memory_is_used_again_once_a_batch_is_gone_and_may_be_written_by_the_trainer() -> None:
+    places = []
+    for number, batch in enumerate(loader(800)):
+        check(batch, 4 * number)
+        places.append(batch["row"].data_ptr())
+        batch["row"].fill_(7)
+    assert len(places) == 200
+    assert len(set(places)) <= 2 * 5, "two workers, each with two batches ahead, one in the queue and one in use"
+
+
+def test_a_view_keeps_a_batch_and_a_copy_does_not() -> None:
+    views = [(number, batch["row"][2, 5:9]) for number, batch in enumerate(loader(200))]
+    gc.collect()
+    for number, view in views:
+        assert view.numpy().tolist() == [4 * number + 2] * 4
+
+
+def test_a_worker_has_a_bounded_number_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "MAX_FILES", 3)
+    held = list(loader(200))
+    for number, batch in enumerate(held):
+        check(batch, 4 * number)
+
+
+def test_a_loader_that_is_gone_takes_its_files_along() -> None:
+    before = handover._maps
+    kept = list(loader(40))
+    gc.collect()
+    assert handover._maps is before
+    assert not before._maps
+    for number, batch in enumerate(kept):
+        check(batch, 4 * number)
+
+
+def _leave(batches: list[Any]) -> None:
+    batches.clear()
+
+
+def test_a_forked_process_that_lets_go_of_its_copy_gives_nothing_back() -> None:
+    batches = iter(loader(200))
+    held = [next(batches) for _ in range(3)]
+    child = multiprocessing.get_context("fork").Process(target=_leave, args=(held,))
+    child.start()
+    child.join()
+    rest = [batch["number"].tolist() for batch in batches]
+    assert len(rest) == 47
+    for number, batch in enumerate(held):
+        check(batch, 4 * number)
+
+
+def test_workers_that_are_spawned_and_stay_hand_over_too() -> None:
+    batches = loader(48, multiprocessing_context="spawn", persistent_workers=True)
+    for _ in range(2):
+        for number, batch in enumerate(batches):
+            check(batch, 4 * number)
+
+
+SAMPLES: list[Any] = [
+    [{"a": torch.arange(6).reshape(2, 3).t() + n, "b": (n, 1.5, "text"), "c": b"bytes"} for n in range(3)],
+    [(torch.tensor(n, dtype=torch.bfloat16), np.arange(n, n + 4, dtype=np.int16), True) for n in range(5)],
+    [torch.empty(0, 7) for _ in range(2)],
+    [torch.tensor([True, False])] * 3,
+]
+
+
+class Collated(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield from ((number, shoal.torch.collate(samples)) for number, samples in enumerate(SAMPLES))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_collate_is_torchs(workers: int) -> None:
+    found = list(DataLoader(Collated(), batch_size=None, num_workers=workers))
+    assert [number for number, _ in found] == list(range(len(SAMPLES)))
+    for number, batch in found:
+        whole = default_convert(default_collate(SAMPLES[number]))  # type: ignore[no-untyped-call] # as a loader does it
+        _same(batch, whole)
+
+
+def test_what_torch_does_not_put_together_is_refused_in_its_words() -> None:
+    with pytest.raises(RuntimeError, match="sparse tensors are not currently supported"):
+        shoal.torch.collate([torch.eye(3).to_sparse()] * 2)
+
+
+def _same(found: Any, wanted: Any) -> None:
+    assert type(found) is type(wanted)
+    if isinstance(wanted, torch.Tensor):
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+        assert torch.equal(found, wanted)
+    elif isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            _same(found[key], wanted[key])
+    elif isinstance(wanted, (list, tuple)):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            _same(one, other)
+    else:
+        assert found == wanted
+
+
+class Odd(IterableDataset[Any]):
+    """What a transform may do to a tensor before its worker sends it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        kept = shoal.torch.collate([torch.arange(6)] * 2)
+        for _ in range(3):
+            yield "kept", kept  # sent three times
+        turned = shoal.torch.collate([torch.arange(6)] * 2)
+        turned.t_()
+        yield "turned", turned
+        yield "part", shoal.torch.collate([torch.arange(6)] * 2)[:, 2:4]
+        yield "computed", shoal.torch.collate([torch.arange(6)] * 2) + 1
+        for _ in range(20):
+            shoal.torch.collate([torch.zeros(6, dtype=torch.int64)] * 2)  # never sent
+        yield "twice", (kept, kept)
+
+
+def test_what_is_done_to_a_tensor_before_it_is_sent_is_seen() -> None:
+    rows = torch.arange(6).repeat(2, 1)
+    wanted = {"kept": rows, "turned": rows.t(), "part": rows[:, 2:4], "computed": rows + 1}
+    found = list(DataLoader(Odd(), batch_size=None, num_workers=1))
+    assert len(found) == 7
+    for name, batch in found:
+        for each in batch if name == "twice" else [batch]:
+            assert type(each) is torch.Tensor
+            assert torch.equal(each, wanted.get(name, rows)), name
+
+
+def test_outside_of_a_worker_nothing_is_handed_over() -> None:
+    assert handover.empty((4,), torch.int64) is None
+    batch = {"a": torch.arange(3), "b": ["text"]}
+    assert handover.copied(batch)["a"] is batch["a"]
+
+
+def test_descriptors_of_the_trainer_do_not_grow_with_batches_held() -> None:
+    batches = iter(loader(200))
+    held = [next(batches) for _ in range(10)]
+    before = _descriptors()
+    held += list(batches)
+    assert _descriptors() <= before
+
+
+def _descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
