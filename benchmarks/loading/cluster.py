@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 import shoal.torch
-from benchmarks.loading.job import TOKENS, Epoch, Job, collated, decoded
+from benchmarks.loading.job import TOKENS, Epoch, Job, decoded
 
 
 def stream(job: Job) -> Epoch:
@@ -26,7 +26,7 @@ def stream(job: Job) -> Epoch:
 def samples(job: Job) -> Epoch:
     transform = None if job.kind == TOKENS else _picture
     data = shoal.torch.Samples(job.url, transform=transform, storage_options=_options(job))
-    loader = job.loader(data, batch_size=job.batch_size, shuffle=True)
+    loader = job.loader(data, batch_size=job.batch_size, shuffle=True, collate_fn=shoal.torch.collate)
     return lambda epoch: loader
 
 
@@ -35,7 +35,7 @@ def _options(job: Job) -> dict[str, Any]:
 
 
 def _pictures(table: pa.Table) -> Any:
-    return collated([decoded(data.as_buffer()) for chunk in table["bytes"].chunks for data in chunk])
+    return shoal.torch.collate([decoded(data.as_buffer()) for chunk in table["bytes"].chunks for data in chunk])
 
 
 def _picture(table: pa.Table) -> Any:

@@ -128,6 +128,7 @@ class Library:
         self._transport = transport
         self._snapshots: dict[str, Snapshot] = {}
         self._paths: dict[str, Path] = {}  # of verified snapshots
+        self._files_lock = threading.Lock()  # a file that becomes one of `_paths` is not removed meanwhile
         self._in_memory: dict[str, int] = {}  # descriptors of snapshots that the drive did not take
         self._fetching: dict[str, asyncio.Task[Path]] = {}
         self._origins: dict[str, tuple[Mapping[str, Any], Origin]] = {}
@@ -164,9 +165,12 @@ class Library:
         write_atomically(self._orders, self.knowledge.to_json().encode())
         served = self.knowledge.snapshots()
         for path in self._snapshots_directory.iterdir():
-            is_left_over = path.suffix == _FETCHING and path.stem not in self._fetching
-            if path.stem not in served or is_left_over:
-                path.unlink(missing_ok=True)
+            is_fetched = path.stem in self._fetching
+            with self._files_lock:
+                # What was fetched for orders that come next is not named by these; a stalled drive makes these late.
+                is_wanted = path.suffix != _FETCHING and (path.stem in served or path.stem in self._paths)
+                if not is_fetched and not is_wanted:
+                    path.unlink(missing_ok=True)
 
     def record(self, name: str) -> DatasetRecord:
         """The record of a dataset. Raises DatasetNotFound."""
@@ -197,8 +201,7 @@ class Library:
             task = self._fetching[digest] = asyncio.create_task(asyncio.to_thread(self._find, digest, path, knowledge))
             task.add_done_callback(lambda _: self._fetching.pop(digest))
             task.add_done_callback(lambda t: t.cancelled() or t.exception())  # all who asked may have left
-        found = self._paths[digest] = await asyncio.shield(task)
-        return found
+        return await asyncio.shield(task)
 
     async def snapshot(self, digest: str) -> Snapshot:
         """The snapshot, mapped. Raises SnapshotNotFound."""
@@ -206,14 +209,21 @@ class Library:
         if known is not None:
             return known
         path = await self.snapshot_path(digest)
-        opened = await asyncio.to_thread(Snapshot.open, path)
+        try:
+            opened = await asyncio.to_thread(Snapshot.open, path)
+        except SnapshotNotFound:  # somebody removed the file
+            self._paths.pop(digest, None)
+            opened = await asyncio.to_thread(Snapshot.open, await self.snapshot_path(digest))
         return self._snapshots.setdefault(digest, opened)
 
     def _find(self, digest: str, path: Path, knowledge: Knowledge) -> Path:
+        """In a thread: the path, noted in `_paths`."""
         try:
-            if path.exists():
-                _verify(path, digest)
-                return path
+            with self._files_lock:
+                if path.exists():
+                    _verify(path, digest)
+                    self._paths[digest] = path
+                    return path
         except (ShoalError, OSError) as error:
             log.error("%s is damaged and is fetched anew: %s", path, error)
         knowledge.dataset_of(digest)
@@ -236,7 +246,9 @@ class Library:
         try:
             aside.write_bytes(body)
             _verify(aside, digest)
-            return aside.rename(path)
+            with self._files_lock:
+                self._paths[digest] = aside.rename(path)
+            return path
         except OSError as error:
             log.error("snapshot %s is kept in memory, the drive does not take it: %s", digest, error)
         finally:
@@ -247,6 +259,7 @@ class Library:
         in_memory.write_bytes(body)
         _verify(in_memory, digest)
         self._in_memory[digest] = descriptor
+        self._paths[digest] = in_memory
         return in_memory
 
     def placement(self, opened: Snapshot, replicas: int) -> Placement:

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from shoal import datasets
 from shoal.datasets import DatasetRecord
-from shoal.errors import DatasetNotFound, InvalidRequest, NotFound
+from shoal.errors import DatasetNotFound, InvalidRequest, NotFound, SnapshotNotFound
 from shoal.wire.byte_range import ByteRange
 from shoal.wire.http_messages import FileSlice, Request, Response
 from shoal.wire.http_server import Handler, MethodNotAllowed
@@ -146,7 +146,10 @@ def not_registered(url: str) -> str:
 
 async def _snapshot(view: ClusterView, request: Request, digest: str) -> Response:
     path = await view.snapshot_path(datasets.check_digest(digest), may_fetch="via" not in request.headers)
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # it went while this was looked up
+        raise SnapshotNotFound(f"snapshot {digest} is not here any more: ask another node") from None
     try:
         size_bytes = os.fstat(fd).st_size
         headers = {"Content-Type": ARROW_FILE, "ETag": f'"{digest}"'}
