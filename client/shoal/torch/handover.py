@@ -207,10 +207,20 @@ def _stacked(tensors: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> 
     if first.layout == torch.strided and first.device.type == "cpu" and not first.is_nested:
         handed = empty((len(tensors), *first.shape), first.dtype)
         if handed is not None:
-            torch.stack(list(tensors), 0, out=handed.as_subclass(torch.Tensor))
+            _fill(handed.as_subclass(torch.Tensor), tensors)
             return handed
     stacked: torch.Tensor = torch_collate.collate_tensor_fn(tensors, collate_fn_map=collate_fn_map)
     return stacked
+
+
+def _fill(batch: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    """`torch.stack`, which takes twice as long as a copy each where samples are turned (pictures as (3, h, w))."""
+    first = tensors[0]
+    if not first.is_contiguous() and all((t.shape, t.dtype) == (first.shape, first.dtype) for t in tensors):
+        for place, tensor in zip(batch.unbind(0), tensors, strict=True):
+            place.copy_(tensor)
+    else:
+        torch.stack(list(tensors), 0, out=batch)
 
 
 def _numbers(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 from torch.utils.data import IterableDataset, get_worker_info
 
+from shoal import memory
 from shoal.errors import InvalidRequest
 from shoal.streaming import state as states
 from shoal.streaming import trainer
@@ -86,6 +87,7 @@ class IterableStream(IterableDataset[Any]):
     def _join(self, info: Any) -> State:
         """This worker's part of the loop that begins."""
         trainer.follow()
+        memory.keep_freed()
         given, self._given = self._given, None
         seed = info.seed - info.id
         place = None if given is None else (given.epoch, given.position)

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from torch.utils.data import Dataset, get_worker_info
 
-from shoal import parallel
+from shoal import memory, parallel
 from shoal.errors import InvalidRequest
 from shoal.streaming import trainer
 from shoal.streaming.formats.format import Format
@@ -114,6 +114,7 @@ class Samples(Dataset[Any]):
         if self._runs is None or self._pid != os.getpid():  # a fork's child: its parent's locks may be held for ever
             if get_worker_info() is not None:
                 trainer.follow()
+                memory.keep_freed()
             self._runs, self._kept, self._pid = self.stream.open_runs(), _Kept(self.cache_bytes), os.getpid()
         runs, kept = self._runs, self._kept
         tables = {Want(run, None): table for run in numbers if (table := kept.get(run)) is not None}
