@@ -60,6 +60,15 @@ def test_memory_is_used_again_once_a_batch_is_gone_and_may_be_written_by_the_tra
     assert len(set(places)) <= 2 * 5, "two workers, each with two batches ahead, one in the queue and one in use"
 
 
+def test_a_batchs_labels_share_files_however_small_they_are() -> None:
+    batches = iter(loader(800))
+    for _ in range(200):
+        batch = next(batches)
+        assert not batch["number"].is_shared(), "torch had to send it: there were too many files"
+        assert not batch["row"].is_shared()
+    assert len(handover._maps._maps) <= 2 * 2 * 5, "two tensors a batch"
+
+
 def test_a_view_keeps_a_batch_and_a_copy_does_not() -> None:
     views = [(number, batch["row"][2, 5:9]) for number, batch in enumerate(loader(200))]
     gc.collect()

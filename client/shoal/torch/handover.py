@@ -142,13 +142,13 @@ class _Pool:
 
     def file(self, size_bytes: int) -> _Own | None:
         """One with so much room that is free, or new; None where there are too many."""
-        found = [each for each in self._files if size_bytes <= each.capacity <= 4 * size_bytes and each.is_free]
+        # Powers of two, so that batches of many lengths share files. Pages that nobody writes take no memory.
+        capacity = max(mmap.PAGESIZE, 1 << (size_bytes - 1).bit_length())
+        found = [each for each in self._files if capacity <= each.capacity <= 2 * capacity and each.is_free]
         if found:
             return min(found, key=lambda each: each.capacity)
         if len(self._files) >= MAX_FILES:
             return None
-        # Powers of two, so that batches of many lengths share files. Pages that nobody writes take no memory.
-        capacity = max(mmap.PAGESIZE, 1 << (size_bytes - 1).bit_length())
         try:
             made = _Own((self.pid, self._name, len(self._files)), capacity)
         except OSError:  # no descriptors are left, or no addresses
