@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,45 @@ def test_a_loader_that_is_gone_takes_its_files_along() -> None:
     assert not before._maps
     for number, batch in enumerate(kept):
         check(batch, 4 * number)
+
+
+class _Collecting(str):
+    """Where it is looked up, garbage is collected."""
+
+    def __hash__(self) -> int:
+        gc.collect()
+        return super().__hash__()
+
+
+def test_a_loader_may_be_garbage_collected_while_a_batch_is_received() -> None:
+    maps = handover._Maps()
+    child = multiprocessing.get_context("fork").Process(target=_leave, args=([],))
+    child.start()
+    gone = handover._Own((child.pid or 0, "gone", 0), 4096)
+    maps.get(gone.key, gone.send(), 4096)
+    child.join()
+    gc.disable()
+    try:
+        cycle: list[Any] = [child]
+        cycle.append(cycle)
+        del child, cycle
+        new = handover._Own((os.getpid(), _Collecting("new"), 0), 4096)
+        receiving = threading.Thread(target=maps.get, args=(new.key, new.send(), 4096), daemon=True)
+        receiving.start()
+        receiving.join(30)
+        assert not receiving.is_alive(), "it waits for itself"
+        assert list(maps._maps) == [new.key]
+    finally:
+        gc.enable()
+
+
+def test_a_process_that_has_an_earlier_ones_number_keeps_its_files() -> None:
+    maps = handover._Maps()
+    for name in ("earlier", "later"):
+        file = handover._Own((os.getpid(), name, 0), 4096)
+        maps.get(file.key, file.send(), 4096)
+    maps.forget((os.getpid(), "earlier"))
+    assert list(maps._maps) == [(os.getpid(), "later", 0)]
 
 
 def _leave(batches: list[Any]) -> None:

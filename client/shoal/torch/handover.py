@@ -23,6 +23,7 @@ import multiprocessing.reduction
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,8 +41,10 @@ MAX_FILES = 64
 _STATE, _IS_MAPPED, _HEAD_BYTES = 0, 1, mmap.PAGESIZE
 _FREE, _HELD, _SENT = 0, 1, 2
 
+_Process = tuple[int, str]
+"""Process and pool: a process id may come again."""
 _Key = tuple[int, str, int]
-"""Process, pool and number of a file: a process id may come again."""
+"""Process, pool and number of a file."""
 
 
 class _Bytes:
@@ -247,9 +250,10 @@ class _Maps:
     """Maps of other processes' files, as long as these processes run."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _maps: a DataLoader may receive in a thread
+        self._lock = threading.Lock()  # guards _maps and _followed: a DataLoader may receive in a thread
         self._maps: dict[_Key, _File] = {}
-        self._followed: set[int] = set()
+        self._followed: set[_Process] = set()
+        self._ended: deque[_Process] = deque()  # still in _maps, since somebody had the lock
 
     def get(self, key: _Key, handle: Any, capacity: int) -> _File:
         descriptor = handle.detach() if handle is not None else None
@@ -261,31 +265,43 @@ class _Maps:
                         raise RuntimeError("a batch lies in memory that this process was not told of")
                     mapped = self._maps[key] = _File(descriptor, capacity)
                     mapped.head[_IS_MAPPED] = 1
-                    self._follow(key[0])
+                    self._follow(key[:2])
             return mapped
         finally:
             if descriptor is not None:
                 os.close(descriptor)
+            self._forget_ended()
 
-    def _follow(self, pid: int) -> None:
+    def _follow(self, process: _Process) -> None:
         """Let go of a worker's files with it: when its loader lets go of it, or the next one begins."""
-        if pid in self._followed:
+        if process in self._followed:
             return
-        for gone in [each for each in self._followed if not _is_running(each)]:
+        for gone in [each for each in self._followed if not _is_running(each[0])]:
             self._forget(gone)
-        self._followed.add(pid)
+        self._followed.add(process)
         for child in multiprocessing.active_children():
-            if child.pid == pid:
-                weakref.finalize(child, self.forget, pid).atexit = False
+            if child.pid == process[0]:
+                weakref.finalize(child, self.forget, process).atexit = False
 
-    def forget(self, pid: int) -> None:
-        """No more batches come from that process."""
-        with self._lock:
-            self._forget(pid)
+    def forget(self, process: _Process) -> None:
+        """No more batches come from that process.
 
-    def _forget(self, pid: int) -> None:
-        self._followed.discard(pid)
-        for key in [key for key in self._maps if key[0] == pid]:
+        Never waits: the garbage collector calls it wherever it runs, in `get` too.
+        """
+        self._ended.append(process)
+        self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        while self._ended and self._lock.acquire(blocking=False):  # else whoever has the lock does it afterwards
+            try:
+                while self._ended:
+                    self._forget(self._ended.popleft())
+            finally:
+                self._lock.release()
+
+    def _forget(self, process: _Process) -> None:
+        self._followed.discard(process)
+        for key in [key for key in self._maps if key[:2] == process]:
             del self._maps[key]
 
 
