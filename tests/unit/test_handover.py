@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,26 @@ def test_what_is_done_to_a_tensor_before_it_is_sent_is_seen() -> None:
         for each in batch if name == "twice" else [batch]:
             assert type(each) is torch.Tensor
             assert torch.equal(each, wanted.get(name, rows)), name
+
+
+class InThreads(IterableDataset[Any]):
+    """Batches that a worker puts together in several threads at a time."""
+
+    def __iter__(self) -> Iterator[Any]:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(4) as threads:
+            yield sum(threads.map(self._wrong, range(4)))
+
+    def _wrong(self, number: int) -> int:
+        found = 0
+        for _ in range(100):
+            batches = [shoal.torch.collate([torch.full((600,), number)] * 2) for _ in range(8)]
+            found += sum(int((batch != number).any()) for batch in batches)
+        return found
+
+
+def test_threads_of_a_worker_get_memory_of_their_own() -> None:
+    assert list(DataLoader(InThreads(), batch_size=None, num_workers=1)) == [0]
 
 
 def test_outside_of_a_worker_nothing_is_handed_over() -> None:

@@ -136,15 +136,21 @@ class _Own(_File):
 
 
 class _Pool:
-    """The files of a worker. For one thread; tensors may be let go of in any."""
+    """The files of a worker. Thread-safe."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
+        self._lock = threading.Lock()  # guards _files, and that a file is given to one thread
         self._name = os.urandom(8).hex()
         self._files: list[_Own] = []
 
-    def file(self, size_bytes: int) -> _Own | None:
-        """One with so much room that is free, or new; None where there are too many."""
+    def take(self, size_bytes: int) -> tuple[_Own, torch.Tensor] | None:
+        """A file with so much room that was free, or new, and all its bytes; None where there are too many."""
+        with self._lock:
+            file = self._file(size_bytes)
+            return (file, file.take()) if file is not None else None
+
+    def _file(self, size_bytes: int) -> _Own | None:
         # Powers of two, so that batches of many lengths share files. Pages that nobody writes take no memory.
         capacity = max(mmap.PAGESIZE, 1 << (size_bytes - 1).bit_length())
         found = [each for each in self._files if capacity <= each.capacity <= 2 * capacity and each.is_free]
@@ -178,10 +184,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
         return None
     if _pool is None or _pool.pid != os.getpid():
         _pool = _Pool()
-    file = _pool.file(size_bytes)
-    if file is None:
+    taken = _pool.take(size_bytes)
+    if taken is None:
         return None
-    handed = file.take()[:size_bytes].view(dtype).view(tuple(shape)).as_subclass(_Handed)
+    file, whole = taken
+    handed = whole[:size_bytes].view(dtype).view(tuple(shape)).as_subclass(_Handed)
     handed._file = file
     return handed
 
