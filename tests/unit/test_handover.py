@@ -231,6 +231,27 @@ def test_what_is_done_to_a_tensor_before_it_is_sent_is_seen() -> None:
             assert torch.equal(each, wanted.get(name, rows)), name
 
 
+class LikeTorchs(IterableDataset[Any]):
+    """Batches that torch put together, and the same from here."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for collate in (default_collate, shoal.torch.collate):
+            yield collate([torch.arange(300.0)] * 2)
+            yield collate([torch.arange(300.0)] * 2).requires_grad_()
+
+
+def test_a_batch_is_a_tensor_as_torch_makes_it() -> None:
+    with torch.no_grad():  # as for a view that was made here
+        found = list(DataLoader(LikeTorchs(), batch_size=None, num_workers=1))
+    for batch, wanted in zip(found[2:], found[:2], strict=True):
+        assert batch.requires_grad == wanted.requires_grad
+        assert batch.is_leaf
+        assert batch.untyped_storage().nbytes() == wanted.untyped_storage().nbytes()
+        assert batch.detach_() is batch, "a view cannot be detached in place"
+        assert batch.mul_(torch.ones((), requires_grad=True)).requires_grad
+        assert torch.equal(batch, wanted)
+
+
 class InThreads(IterableDataset[Any]):
     """Batches that a worker puts together in several threads at a time."""
 

@@ -81,9 +81,10 @@ class _File:
         self.place = self._region.address + _HEAD_BYTES
         self.head = np.asarray(_Bytes(self._region, 0, _HEAD_BYTES))
 
-    def lease(self, released: Callable[[], None]) -> torch.Tensor:
-        """All bytes after the head; `released` is called when the last tensor over them is gone."""
-        return torch.from_numpy(np.asarray(_Bytes(self._region, _HEAD_BYTES, self._region.length, released)))
+    def lease(self, size_bytes: int, released: Callable[[], None]) -> torch.UntypedStorage:
+        """The first bytes after the head; `released` is called when the last tensor over them is gone."""
+        leased = _Bytes(self._region, _HEAD_BYTES, _HEAD_BYTES + size_bytes, released)
+        return torch.from_numpy(np.asarray(leased)).untyped_storage()
 
     def given_back(self) -> None:
         """The trainer does not need it any more."""
@@ -95,12 +96,13 @@ class _Own(_File):
 
     Attributes:
         is_alive: a tensor of this process lies in it.
+        size_bytes: of the last one.
     """
 
-    __slots__ = ("_descriptor", "is_alive", "key")
+    __slots__ = ("_descriptor", "is_alive", "key", "size_bytes")
 
     def __init__(self, key: _Key, capacity: int) -> None:
-        self.key, self.is_alive = key, False
+        self.key, self.is_alive, self.size_bytes = key, False, 0
         self._descriptor: int | None = os.memfd_create("shoal-batch", os.MFD_CLOEXEC)
         try:
             os.ftruncate(self._descriptor, _HEAD_BYTES + capacity)
@@ -113,10 +115,10 @@ class _Own(_File):
     def is_free(self) -> bool:
         return not self.is_alive and self.head[_STATE] == _FREE
 
-    def take(self) -> torch.Tensor:
-        """All its bytes, for a tensor of this process."""
-        self.head[_STATE], self.is_alive = _HELD, True
-        return self.lease(self._let_go)
+    def take(self, size_bytes: int) -> torch.UntypedStorage:
+        """Its first bytes, for a tensor of this process."""
+        self.head[_STATE], self.is_alive, self.size_bytes = _HELD, True, size_bytes
+        return self.lease(size_bytes, self._let_go)
 
     def _let_go(self) -> None:
         if self.head[_STATE] == _HELD:
@@ -144,11 +146,11 @@ class _Pool:
         self._name = os.urandom(8).hex()
         self._files: list[_Own] = []
 
-    def take(self, size_bytes: int) -> tuple[_Own, torch.Tensor] | None:
-        """A file with so much room that was free, or new, and all its bytes; None where there are too many."""
+    def take(self, size_bytes: int) -> tuple[_Own, torch.UntypedStorage] | None:
+        """A file with so much room that was free, or new, and its first bytes; None where there are too many."""
         with self._lock:
             file = self._file(size_bytes)
-            return (file, file.take()) if file is not None else None
+            return (file, file.take(size_bytes)) if file is not None else None
 
     def _file(self, size_bytes: int) -> _Own | None:
         # Powers of two, so that batches of many lengths share files. Pages that nobody writes take no memory.
@@ -187,10 +189,17 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
     taken = _pool.take(size_bytes)
     if taken is None:
         return None
-    file, whole = taken
-    handed = whole[:size_bytes].view(dtype).view(tuple(shape)).as_subclass(_Handed)
+    file, storage = taken
+    handed: _Handed = torch.Tensor._make_subclass(_Handed, _tensor(storage, dtype, 0, shape, ()))
     handed._file = file
     return handed
+
+
+def _tensor(
+    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: Sequence[int], stride: Sequence[int]
+) -> torch.Tensor:
+    """As torch makes one that another process sent: the whole of a storage, not a view that autograd watches."""
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, offset, tuple(shape), tuple(stride))
 
 
 def copied(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,26 +338,30 @@ def _is_running(pid: int) -> bool:
 def _reduced(handed: _Handed) -> Any:
     """How a tensor goes to another process."""
     file = handed._file
+    if handed.requires_grad and not handed.is_leaf:
+        return reductions.reduce_tensor(handed)  # type: ignore[no-untyped-call] # refuses it, and says why
     offset = handed.data_ptr() - file.place
-    if not 0 <= offset < file.capacity or file.head[_STATE] != _HELD:
-        plain = handed.detach().clone().as_subclass(torch.Tensor)
+    if not 0 <= offset < file.size_bytes or file.head[_STATE] != _HELD:
+        plain = handed.detach().clone().as_subclass(torch.Tensor).requires_grad_(handed.requires_grad)
         return reductions.reduce_tensor(plain)  # type: ignore[no-untyped-call]
-    layout = handed.dtype, tuple(handed.shape), handed.stride(), offset // handed.element_size()
-    return _rebuilt, (file.key, file.send(), file.capacity, *layout)
+    layout = handed.dtype, offset // handed.element_size(), tuple(handed.shape), handed.stride()
+    return _rebuilt, (file.key, file.send(), file.capacity, file.size_bytes, *layout, handed.requires_grad)
 
 
 def _rebuilt(
     key: _Key,
     handle: Any,
     capacity: int,
+    size_bytes: int,
     dtype: torch.dtype,
+    offset: int,
     shape: Sequence[int],
     stride: Sequence[int],
-    offset: int,
+    requires_grad: bool,  # what pickle calls has no keywords
 ) -> torch.Tensor:
     file = _maps.get(key, handle, capacity)
-    flat = file.lease(file.given_back).view(dtype)
-    return torch.as_strided(flat, tuple(shape), tuple(stride), offset)
+    tensor = _tensor(file.lease(size_bytes, file.given_back), dtype, offset, shape, stride)
+    return tensor.requires_grad_(requires_grad)
 
 
 multiprocessing.reduction.ForkingPickler.register(_Handed, _reduced)
