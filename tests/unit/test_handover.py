@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import multiprocessing
 import os
+import pickle
 import sys
 import threading
 from collections.abc import Iterator
@@ -250,6 +253,30 @@ def test_a_batch_is_a_tensor_as_torch_makes_it() -> None:
         assert batch.detach_() is batch, "a view cannot be detached in place"
         assert batch.mul_(torch.ones((), requires_grad=True)).requires_grad
         assert torch.equal(batch, wanted)
+
+
+class Kept(IterableDataset[Any]):
+    """Copies that a worker makes of a batch."""
+
+    def __iter__(self) -> Iterator[Any]:
+        batch = shoal.torch.collate([torch.arange(6.0)] * 2).requires_grad_()
+        file = io.BytesIO()
+        torch.save({"batch": batch}, file)
+        yield torch.load(io.BytesIO(file.getvalue()))["batch"]
+        yield pickle.loads(pickle.dumps(batch))
+        deep = copy.deepcopy({"batch": batch})["batch"]
+        shallow = copy.copy(batch)
+        batch.data.fill_(7)
+        yield deep
+        yield shallow.detach() - 7 + torch.arange(6.0)
+
+
+def test_a_worker_may_save_and_copy_a_batch() -> None:
+    found = list(DataLoader(Kept(), batch_size=None, num_workers=1))
+    assert [batch.requires_grad for batch in found] == [True, True, True, False]
+    for batch in found:
+        assert type(batch) is torch.Tensor
+        assert torch.equal(batch, torch.arange(6.0).repeat(2, 1))
 
 
 class InThreads(IterableDataset[Any]):

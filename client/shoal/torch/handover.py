@@ -16,6 +16,7 @@ here is left to torch. A process forked while a batch is held must not use it fo
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
 import multiprocessing
@@ -169,10 +170,20 @@ class _Pool:
 
 
 class _Handed(torch.Tensor):
-    """A tensor of a worker in one of its files. What is computed from it is an ordinary one."""
+    """A tensor of a worker in one of its files. What is computed from it is an ordinary one, as is a copy."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     _file: _Own
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For `torch.save` and whatever else does not send it to another process of torch."""
+        return self._plain().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return copy.deepcopy(self._plain(), memo)
+
+    def _plain(self) -> torch.Tensor:
+        return torch.Tensor._make_subclass(torch.Tensor, self, self.requires_grad)
 
 
 _pool: _Pool | None = None
