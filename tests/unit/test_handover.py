@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, default_convert
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 import shoal.torch
 from shoal.torch import handover
@@ -277,6 +278,30 @@ def test_a_worker_may_save_and_copy_a_batch() -> None:
     for batch in found:
         assert type(batch) is torch.Tensor
         assert torch.equal(batch, torch.arange(6.0).repeat(2, 1))
+
+
+class Picture(torch.Tensor):
+    """A kind of tensor that a program made."""
+
+
+class Pictures(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        turned, torchs = torch.arange(6.0).reshape(2, 3).t(), dict(default_collate_fn_map)
+        for collate in (default_collate, shoal.torch.collate):
+            yield collate([turned.as_subclass(Picture)] * 2)
+            yield collate([turned.contiguous().as_subclass(Picture)] * 2)
+            default_collate_fn_map[torch.Tensor] = lambda samples, **_: len(samples)
+            default_collate_fn_map[int] = lambda samples, **_: "numbers"
+            yield collate([(turned, 1)] * 2)
+            default_collate_fn_map.update(torchs)
+
+
+def test_a_programs_kinds_of_tensors_and_ways_to_put_samples_together_are_kept() -> None:
+    found = list(DataLoader(Pictures(), batch_size=None, num_workers=1))
+    for batch, wanted in zip(found[3:], found[:3], strict=True):
+        _same(batch, wanted)
+    assert type(found[3]) is Picture
+    assert found[5] == [2, "numbers"]
 
 
 class InThreads(IterableDataset[Any]):

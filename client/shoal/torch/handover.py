@@ -237,20 +237,23 @@ def _stacked(tensors: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> 
     if first.layout == torch.strided and first.device.type == "cpu" and not first.is_nested:
         handed = empty((len(tensors), *first.shape), first.dtype)
         if handed is not None:
-            _fill(handed.as_subclass(torch.Tensor), tensors)
-            return handed
+            whole = _filled(handed.as_subclass(torch.Tensor), tensors)
+            return handed if type(whole) is torch.Tensor else whole
     stacked: torch.Tensor = torch_collate.collate_tensor_fn(tensors, collate_fn_map=collate_fn_map)
     return stacked
 
 
-def _fill(batch: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
-    """`torch.stack`, which takes twice as long as a copy each where samples are turned (pictures as (3, h, w))."""
-    first = tensors[0]
-    if not first.is_contiguous() and all((t.shape, t.dtype) == (first.shape, first.dtype) for t in tensors):
-        for place, tensor in zip(batch.unbind(0), tensors, strict=True):
-            place.copy_(tensor)
-    else:
-        torch.stack(list(tensors), 0, out=batch)
+def _filled(batch: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.stack`, which takes twice as long as a copy each where samples are turned (pictures as (3, h, w)).
+
+    Returns `batch`, or what the samples' own kind of tensor makes of it.
+    """
+    kind = torch.Tensor, tensors[0].shape, tensors[0].dtype
+    if tensors[0].is_contiguous() or any((type(each), each.shape, each.dtype) != kind for each in tensors):
+        return torch.stack(list(tensors), 0, out=batch)
+    for place, tensor in zip(batch.unbind(0), tensors, strict=True):
+        place.copy_(tensor)
+    return batch
 
 
 def _numbers(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -261,13 +264,19 @@ def _numbers(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def _how() -> dict[Any, Any]:
-    """By type how samples are put together: torch's ways, what a program added to them included."""
+    """By type how samples are put together: torch's ways, where a program has not changed them, with our memory."""
     ways = dict(torch_collate.default_collate_fn_map)
-    numbers = {kind: _numbers(ways[kind]) for kind in _NUMBERS if kind in ways}
-    return ways | numbers | {torch.Tensor: _stacked}
+    ours = {kind: _numbers(way) for kind, way in _NUMBERS.items() if ways.get(kind) is way}
+    if ways.get(torch.Tensor) is torch_collate.collate_tensor_fn:
+        ours[torch.Tensor] = _stacked
+    return ways | ours
 
 
-_NUMBERS = (int, float, (np.bool_, np.number, np.object_))
+_NUMBERS: dict[Any, Callable[..., torch.Tensor]] = {
+    int: torch_collate.collate_int_fn,
+    float: torch_collate.collate_float_fn,
+    (np.bool_, np.number, np.object_): torch_collate.collate_numpy_scalar_fn,
+}
 
 
 # From process to process
