@@ -156,6 +156,23 @@ def test_a_forked_process_that_lets_go_of_its_copy_gives_nothing_back() -> None:
         check(batch, 4 * number)
 
 
+def _mapped() -> int:
+    return Path("/proc/self/maps").read_text().count("shoal-batch")
+
+
+def test_a_forked_process_has_only_the_batches_that_were_held() -> None:
+    batches = iter(loader(200))
+    for _ in range(20):
+        next(batches)
+    held = next(batches)
+    child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(_mapped()))
+    child.start()
+    child.join()
+    assert _mapped() > 2
+    assert child.exitcode == 2, "a file for each of the batch's tensors"
+    check(held, 80)
+
+
 def test_workers_that_are_spawned_and_stay_hand_over_too() -> None:
     batches = loader(48, multiprocessing_context="spawn", persistent_workers=True)
     for _ in range(2):

@@ -327,6 +327,10 @@ class _Maps:
         self._ended.append(process)
         self._forget_ended()
 
+    def drop(self) -> None:
+        """In a forked child, where nobody else has the lock, whoever seems to."""
+        self._maps.clear()
+
     def _forget_ended(self) -> None:
         while self._ended and self._lock.acquire(blocking=False):  # else whoever has the lock does it afterwards
             try:
@@ -342,7 +346,16 @@ class _Maps:
 
 
 _maps = _Maps()
-os.register_at_fork(after_in_child=lambda: globals().update(_maps=_Maps()))
+
+
+def _forked() -> None:
+    """In a forked child: no batches come, and it keeps no files of its parent's workers, as long as it may run."""
+    global _maps
+    _maps.drop()
+    _maps = _Maps()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _is_running(pid: int) -> bool:
