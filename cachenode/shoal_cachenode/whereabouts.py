@@ -74,11 +74,11 @@ class Whereabouts:
 
     def holders(self, digest: str, ordinal: int) -> frozenset[str]:
         """Ids of peers that said they hold a shard."""
-        known = self._known.get(digest)
+        known = self._known.get(digest)  # fills ask in threads, while peers answer
         if known is None:
             return frozenset()
         byte, bit = ordinal >> 3, 0x80 >> (ordinal & 7)
-        return frozenset(peer for peer, bits in known.bits.items() if bits[byte] & bit)
+        return frozenset(peer for peer, bits in known.bits.copy().items() if bits[byte] & bit)
 
     def masks(self, digest: str, count: int) -> Mapping[str, Mask]:
         """For each peer that answered, which of the snapshot's `count` shards it holds."""
