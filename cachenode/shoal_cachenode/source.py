@@ -183,6 +183,7 @@ class FirstThatHasIt:
     ) -> None:
         self._peers = tuple(peers)
         self._silent: tuple[PeerSource, ...] = ()
+        self._lock = threading.Lock()  # guards who is in _peers and in _silent
         self._last = last
         self._late_holders = late_holders
 
@@ -203,19 +204,26 @@ class FirstThatHasIt:
                 return peer.stream(reached, end, take)
             except _ASK_ANOTHER as error:
                 log.debug("a peer did not give the bytes from %d on: %s", reached, error)
-                self._peers = tuple(p for p in self._peers if p is not peer)
-                if isinstance(error, Unavailable | Overloaded):
-                    self._silent += (replace(peer, is_hasty=False),)
+                with self._lock:
+                    self._peers = tuple(p for p in self._peers if p is not peer)
+                    if isinstance(error, Unavailable | Overloaded):
+                        self._silent += (replace(peer, is_hasty=False),)
         try:
             return self._last.stream(reached, end, take)
         except OriginError as failure:
+            asked: set[str] = set()
             for peer in itertools.chain(self._silent, _lazily(self._late_holders, began)):
+                if peer.address in asked:
+                    continue  # to be silent with patience takes seconds, and a reader waits
+                asked.add(peer.address)
                 try:
                     peer.stream(reached, end, take)
                 except _ASK_ANOTHER as error:
                     log.debug("a peer does not give the bytes from %d on, nor does the origin: %s", reached, error)
                 else:
-                    self._peers += (peer,)  # the next part need not wait until the origin has failed again
+                    with self._lock:
+                        if peer not in self._peers:
+                            self._peers += (peer,)  # the next part need not wait until the origin has failed again
                     return None
             raise failure
 
