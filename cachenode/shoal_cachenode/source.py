@@ -12,7 +12,6 @@ import itertools
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -172,14 +171,14 @@ class FirstThatHasIt:
     since they were asked what they have: one of them may have filled it for a reader that this node did not answer.
 
     Args:
-        late_holders: peers that have the shard at a time (`time.monotonic`) or later. May block.
+        late_holders: peers that have the shard by now. May block.
     """
 
     def __init__(
         self,
         peers: Sequence[PeerSource],
         last: Source,
-        late_holders: Callable[[float], Sequence[PeerSource]] = lambda _: (),
+        late_holders: Callable[[], Sequence[PeerSource]] = tuple,
     ) -> None:
         self._peers = tuple(peers)
         self._silent: tuple[PeerSource, ...] = ()
@@ -192,7 +191,7 @@ class FirstThatHasIt:
         return not self._peers and self._last.needs_origin
 
     def stream(self, start: int, end: int, sink: Sink) -> None:
-        began, reached = time.monotonic(), start
+        reached = start
 
         def take(data: memoryview) -> None:
             nonlocal reached
@@ -212,7 +211,7 @@ class FirstThatHasIt:
             return self._last.stream(reached, end, take)
         except OriginError as failure:
             asked: set[str] = set()
-            for peer in itertools.chain(self._silent, _lazily(self._late_holders, began)):
+            for peer in itertools.chain(self._silent, _lazily(self._late_holders)):
                 if peer.address in asked:
                     continue  # to be silent with patience takes seconds, and a reader waits
                 asked.add(peer.address)
@@ -228,5 +227,5 @@ class FirstThatHasIt:
             raise failure
 
 
-def _lazily(late_holders: Callable[[float], Sequence[PeerSource]], since: float) -> Iterator[PeerSource]:
-    yield from late_holders(since)
+def _lazily(late_holders: Callable[[], Sequence[PeerSource]]) -> Iterator[PeerSource]:
+    yield from late_holders()

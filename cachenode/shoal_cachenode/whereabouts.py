@@ -116,9 +116,9 @@ class Whereabouts:
                 task.add_done_callback(lambda _: self._asking.pop(digest))
             await asyncio.shield(task)
 
-    def ask_from_thread(self, digest: str, *, newer_than: float) -> None:
-        """As `ask`, in any other thread than the loop's, and no longer than a reader waits for news of it."""
-        newer_than = min(newer_than, time.monotonic() - ANSWER_AGE_S)
+    def ask_from_thread(self, digest: str) -> None:
+        """Ask all peers anew, in any other thread than the loop's, and no longer than a reader waits for news of it."""
+        newer_than = time.monotonic() - ANSWER_AGE_S
         asking = asyncio.run_coroutine_threadsafe(self.ask(digest, newer_than=newer_than), self._loop)
         try:
             asking.result(PATIENCE_S)

@@ -78,7 +78,7 @@ def test_peers_that_got_the_shard_meanwhile_are_asked_where_the_origin_failed_an
     origin, late = Scripted("origin", asked, 7, DOWN), Scripted("late", asked)
     received = bytearray()
 
-    def late_holders(since: float) -> list[Scripted]:
+    def late_holders() -> list[Scripted]:
         asked.append("who has it?")
         return [Scripted("gone", asked, failure=NotCached("no")), late]
 
@@ -93,7 +93,7 @@ def test_peers_that_got_the_shard_meanwhile_are_asked_where_the_origin_failed_an
 def test_a_peer_that_stays_silent_is_asked_patiently_once_though_it_had_the_shard() -> None:
     asked: list[str] = []
     silent, origin = Scripted("a", asked, failure=SILENT), Scripted("origin", asked, failure=DOWN)
-    source = FirstThatHasIt([silent], origin, lambda _: [replace(silent, is_hasty=False)])  # type: ignore[arg-type, list-item]
+    source = FirstThatHasIt([silent], origin, lambda: [replace(silent, is_hasty=False)])  # type: ignore[arg-type, list-item]
     with pytest.raises(OriginUnavailable):
         source.stream(0, len(PLAIN), bytearray().extend)
     assert asked == ["a", "origin", "a, patiently"]
@@ -104,7 +104,7 @@ def test_parts_that_find_a_late_holder_together_ask_it_once_each_from_then_on() 
     origin, late = Scripted("origin", asked, failure=DOWN), Scripted("late", asked)
     both = threading.Barrier(2)
 
-    def late_holders(since: float) -> list[Scripted]:
+    def late_holders() -> list[Scripted]:
         both.wait()
         return [replace(late)]
 
