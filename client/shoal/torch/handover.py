@@ -177,7 +177,7 @@ class _Handed(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For `torch.save` and whatever else does not send it to another process of torch."""
-        return self._plain().__reduce_ex__(protocol)
+        return self._plain().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
         return copy.deepcopy(self._plain(), memo)
