@@ -53,7 +53,7 @@ def view(buffer: pa.Buffer) -> memoryview:
 
 
 def keep_freed() -> None:
-    """Have this process use memory again that it freed, up to `_KEPT_BYTES` an arena, before it asks the kernel for more.
+    """Have this process use memory again that it freed, up to `_KEPT_BYTES` an arena, before the kernel gives it more.
 
     A loader's worker allocates and frees all of a batch again and again. glibc would give it back each time, and fault
     it in anew page by page: of 64 decoded pictures a tenth of the worker's time. Other C libraries know no such thing.

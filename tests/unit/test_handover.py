@@ -114,7 +114,7 @@ def test_a_loader_may_be_garbage_collected_while_a_batch_is_received() -> None:
     child = multiprocessing.get_context("fork").Process(target=_leave, args=([],))
     child.start()
     gone = handover._Own((child.pid or 0, "gone", 0), 4096)
-    maps.get(gone.key, gone.send(), 4096)
+    maps.get(gone.key, gone.send(), gone.descriptor, 4096)
     child.join()
     gc.disable()
     try:
@@ -122,7 +122,7 @@ def test_a_loader_may_be_garbage_collected_while_a_batch_is_received() -> None:
         cycle.append(cycle)
         del child, cycle
         new = handover._Own((os.getpid(), _Collecting("new"), 0), 4096)
-        receiving = threading.Thread(target=maps.get, args=(new.key, new.send(), 4096), daemon=True)
+        receiving = threading.Thread(target=maps.get, args=(new.key, new.send(), new.descriptor, 4096), daemon=True)
         receiving.start()
         receiving.join(30)
         assert not receiving.is_alive(), "it waits for itself"
@@ -135,7 +135,7 @@ def test_a_process_that_has_an_earlier_ones_number_keeps_its_files() -> None:
     maps = handover._Maps()
     for name in ("earlier", "later"):
         file = handover._Own((os.getpid(), name, 0), 4096)
-        maps.get(file.key, file.send(), 4096)
+        maps.get(file.key, file.send(), file.descriptor, 4096)
     maps.forget((os.getpid(), "earlier"))
     assert list(maps._maps) == [(os.getpid(), "later", 0)]
 
@@ -319,6 +319,33 @@ def test_a_programs_kinds_of_tensors_and_ways_to_put_samples_together_are_kept()
         _same(batch, wanted)
     assert type(found[3]) is Picture
     assert found[5] == [2, "numbers"]
+
+
+class ToTwo(IterableDataset[Any]):
+    """A worker that gives every other batch to another process than its trainer."""
+
+    def __init__(self, other: Any) -> None:
+        self.other = other
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(40):
+            self.other.put(shoal.torch.collate([torch.full((600,), number)] * 2))
+            yield shoal.torch.collate([torch.full((600,), number)] * 2)
+
+
+def _add_up(batches: Any, sums: Any) -> None:
+    sums.put([int(batches.get().sum()) for _ in range(40)])
+
+
+def test_a_worker_may_send_batches_to_another_process_too() -> None:
+    fork = multiprocessing.get_context("fork")
+    batches, sums = fork.Queue(), fork.Queue()
+    other = fork.Process(target=_add_up, args=(batches, sums), daemon=True)
+    other.start()
+    loaded = DataLoader(ToTwo(batches), batch_size=None, num_workers=1)
+    assert [int(batch.sum()) for batch in loaded] == [1200 * number for number in range(40)]
+    assert sums.get(timeout=30) == [1200 * number for number in range(40)]
+    other.join()
 
 
 class InThreads(IterableDataset[Any]):

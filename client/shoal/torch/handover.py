@@ -96,20 +96,21 @@ class _Own(_File):
     """A file of this process, a worker.
 
     Attributes:
+        descriptor: open as long as this process lives, for whoever else gets a tensor.
         is_alive: a tensor of this process lies in it.
         size_bytes: of the last one.
     """
 
-    __slots__ = ("_descriptor", "is_alive", "key", "size_bytes")
+    __slots__ = ("descriptor", "is_alive", "key", "size_bytes")
 
     def __init__(self, key: _Key, capacity: int) -> None:
         self.key, self.is_alive, self.size_bytes = key, False, 0
-        self._descriptor: int | None = os.memfd_create("shoal-batch", os.MFD_CLOEXEC)
+        self.descriptor = os.memfd_create("shoal-batch", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(self._descriptor, _HEAD_BYTES + capacity)
-            super().__init__(self._descriptor, capacity)
+            os.ftruncate(self.descriptor, _HEAD_BYTES + capacity)
+            super().__init__(self.descriptor, capacity)
         except BaseException:
-            os.close(self._descriptor)
+            os.close(self.descriptor)
             raise
 
     @property
@@ -127,15 +128,9 @@ class _Own(_File):
         self.is_alive = False
 
     def send(self) -> Any:
-        """The tensor goes to the trainer: with a handle, as long as that one has not mapped the file."""
+        """The tensor goes to another process: with a handle, as long as none has mapped the file."""
         self.head[_STATE] = _SENT
-        if self._descriptor is None:
-            return None
-        if not self.head[_IS_MAPPED]:
-            return multiprocessing.reduction.DupFd(self._descriptor)
-        os.close(self._descriptor)
-        self._descriptor = None
-        return None
+        return None if self.head[_IS_MAPPED] else multiprocessing.reduction.DupFd(self.descriptor)
 
 
 class _Pool:
@@ -291,14 +286,14 @@ class _Maps:
         self._followed: set[_Process] = set()
         self._ended: deque[_Process] = deque()  # still in _maps, since somebody had the lock
 
-    def get(self, key: _Key, handle: Any, capacity: int) -> _File:
+    def get(self, key: _Key, handle: Any, number: int, capacity: int) -> _File:
         descriptor = handle.detach() if handle is not None else None
         try:
             with self._lock:
                 mapped = self._maps.get(key)
                 if mapped is None:
-                    if descriptor is None:
-                        raise RuntimeError("a batch lies in memory that this process was not told of")
+                    if descriptor is None:  # the trainer has mapped it, and this is another process
+                        descriptor = _open(key[0], number)
                     mapped = self._maps[key] = _File(descriptor, capacity)
                     mapped.head[_IS_MAPPED] = 1
                     self._follow(key[:2])
@@ -358,6 +353,14 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
+def _open(pid: int, number: int) -> int:
+    """What another process has open."""
+    try:
+        return os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise RuntimeError(f"a batch lies in memory of process {pid}, which does not give it: {error}") from error
+
+
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -378,12 +381,21 @@ def _reduced(handed: _Handed) -> Any:
         plain = handed.detach().clone().as_subclass(torch.Tensor).requires_grad_(handed.requires_grad)
         return reductions.reduce_tensor(plain)  # type: ignore[no-untyped-call]
     layout = handed.dtype, offset // handed.element_size(), tuple(handed.shape), handed.stride()
-    return _rebuilt, (file.key, file.send(), file.capacity, file.size_bytes, *layout, handed.requires_grad)
+    return _rebuilt, (
+        file.key,
+        file.send(),
+        file.descriptor,
+        file.capacity,
+        file.size_bytes,
+        *layout,
+        handed.requires_grad,
+    )
 
 
 def _rebuilt(
     key: _Key,
     handle: Any,
+    number: int,
     capacity: int,
     size_bytes: int,
     dtype: torch.dtype,
@@ -392,7 +404,7 @@ def _rebuilt(
     stride: Sequence[int],
     requires_grad: bool,  # what pickle calls has no keywords
 ) -> torch.Tensor:
-    file = _maps.get(key, handle, capacity)
+    file = _maps.get(key, handle, number, capacity)
     tensor = _tensor(file.lease(size_bytes, file.given_back), dtype, offset, shape, stride)
     return tensor.requires_grad_(requires_grad)
 
