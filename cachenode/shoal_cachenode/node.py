@@ -293,10 +293,10 @@ class CacheNode:
         last = Nobody() if is_move else self.origin_source(spec, waits=waits)
         return FirstThatHasIt(peers, last, functools.partial(self._late_holders, spec))
 
-    def _late_holders(self, spec: ShardSpec, since: float) -> list[PeerSource]:
+    def _late_holders(self, spec: ShardSpec) -> list[PeerSource]:
         """In a thread: who has a shard now that the origin does not give, asked again if need be."""
         digest = spec.snapshot.digest
-        self.whereabouts.ask_from_thread(digest, newer_than=since)
+        self.whereabouts.ask_from_thread(digest)
         holders = self.whereabouts.holders(digest, spec.ordinal)
         nodes = self.library.knowledge.cluster_map.nodes
         return [self.peer(node, spec, cached_only=True, is_hasty=False) for node in nodes if node.id in holders]

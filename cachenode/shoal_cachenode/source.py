@@ -12,7 +12,6 @@ import itertools
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -172,17 +171,18 @@ class FirstThatHasIt:
     since they were asked what they have: one of them may have filled it for a reader that this node did not answer.
 
     Args:
-        late_holders: peers that have the shard at a time (`time.monotonic`) or later. May block.
+        late_holders: peers that have the shard by now. May block.
     """
 
     def __init__(
         self,
         peers: Sequence[PeerSource],
         last: Source,
-        late_holders: Callable[[float], Sequence[PeerSource]] = lambda _: (),
+        late_holders: Callable[[], Sequence[PeerSource]] = tuple,
     ) -> None:
         self._peers = tuple(peers)
         self._silent: tuple[PeerSource, ...] = ()
+        self._lock = threading.Lock()  # guards who is in _peers and in _silent
         self._last = last
         self._late_holders = late_holders
 
@@ -191,7 +191,7 @@ class FirstThatHasIt:
         return not self._peers and self._last.needs_origin
 
     def stream(self, start: int, end: int, sink: Sink) -> None:
-        began, reached = time.monotonic(), start
+        reached = start
 
         def take(data: memoryview) -> None:
             nonlocal reached
@@ -203,22 +203,29 @@ class FirstThatHasIt:
                 return peer.stream(reached, end, take)
             except _ASK_ANOTHER as error:
                 log.debug("a peer did not give the bytes from %d on: %s", reached, error)
-                self._peers = tuple(p for p in self._peers if p is not peer)
-                if isinstance(error, Unavailable | Overloaded):
-                    self._silent += (replace(peer, is_hasty=False),)
+                with self._lock:
+                    self._peers = tuple(p for p in self._peers if p is not peer)
+                    if isinstance(error, Unavailable | Overloaded):
+                        self._silent += (replace(peer, is_hasty=False),)
         try:
             return self._last.stream(reached, end, take)
         except OriginError as failure:
-            for peer in itertools.chain(self._silent, _lazily(self._late_holders, began)):
+            asked: set[str] = set()
+            for peer in itertools.chain(self._silent, _lazily(self._late_holders)):
+                if peer.address in asked:
+                    continue  # to be silent with patience takes seconds, and a reader waits
+                asked.add(peer.address)
                 try:
                     peer.stream(reached, end, take)
                 except _ASK_ANOTHER as error:
                     log.debug("a peer does not give the bytes from %d on, nor does the origin: %s", reached, error)
                 else:
-                    self._peers += (peer,)  # the next part need not wait until the origin has failed again
+                    with self._lock:
+                        if peer not in self._peers:
+                            self._peers += (peer,)  # the next part need not wait until the origin has failed again
                     return None
             raise failure
 
 
-def _lazily(late_holders: Callable[[float], Sequence[PeerSource]], since: float) -> Iterator[PeerSource]:
-    yield from late_holders(since)
+def _lazily(late_holders: Callable[[], Sequence[PeerSource]]) -> Iterator[PeerSource]:
+    yield from late_holders()

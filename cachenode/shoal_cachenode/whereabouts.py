@@ -74,11 +74,11 @@ class Whereabouts:
 
     def holders(self, digest: str, ordinal: int) -> frozenset[str]:
         """Ids of peers that said they hold a shard."""
-        known = self._known.get(digest)
+        known = self._known.get(digest)  # fills ask in threads, while peers answer
         if known is None:
             return frozenset()
         byte, bit = ordinal >> 3, 0x80 >> (ordinal & 7)
-        return frozenset(peer for peer, bits in known.bits.items() if bits[byte] & bit)
+        return frozenset(peer for peer, bits in known.bits.copy().items() if bits[byte] & bit)
 
     def masks(self, digest: str, count: int) -> Mapping[str, Mask]:
         """For each peer that answered, which of the snapshot's `count` shards it holds."""
@@ -116,9 +116,9 @@ class Whereabouts:
                 task.add_done_callback(lambda _: self._asking.pop(digest))
             await asyncio.shield(task)
 
-    def ask_from_thread(self, digest: str, *, newer_than: float) -> None:
-        """As `ask`, in any other thread than the loop's, and no longer than a reader waits for news of it."""
-        newer_than = min(newer_than, time.monotonic() - ANSWER_AGE_S)
+    def ask_from_thread(self, digest: str) -> None:
+        """Ask all peers anew, in any other thread than the loop's, and no longer than a reader waits for news of it."""
+        newer_than = time.monotonic() - ANSWER_AGE_S
         asking = asyncio.run_coroutine_threadsafe(self.ask(digest, newer_than=newer_than), self._loop)
         try:
             asking.result(PATIENCE_S)

@@ -27,7 +27,8 @@ _HUGE_FROM = 8 << 20
 _PAGE = mmap.PAGESIZE
 _HEADER = bytes.__basicsize__ - 1
 
-#: What a process keeps of what it freed, and the smallest piece that goes back to the kernel each time (mallopt(3)).
+#: What is kept of what was freed, in each arena that a process allocates from (one, and more with threads that do), and
+#: the smallest piece that goes back to the kernel each time (mallopt(3)).
 _KEPT_BYTES, _LARGE_BYTES = 64 << 20, 32 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -52,7 +53,7 @@ def view(buffer: pa.Buffer) -> memoryview:
 
 
 def keep_freed() -> None:
-    """Have this process use memory again that it freed, up to `_KEPT_BYTES`, before the kernel is asked for more.
+    """Have this process use memory again that it freed, up to `_KEPT_BYTES` an arena, before the kernel gives it more.
 
     A loader's worker allocates and frees all of a batch again and again. glibc would give it back each time, and fault
     it in anew page by page: of 64 decoded pictures a tenth of the worker's time. Other C libraries know no such thing.

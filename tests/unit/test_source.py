@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -25,6 +27,10 @@ class Scripted:
     is_late: bool = False  # it is only late
     is_hasty: bool = True
     needs_origin: bool = field(default=False)
+
+    @property
+    def address(self) -> str:
+        return self.name
 
     def stream(self, start: int, end: int, sink: Sink) -> None:
         self.asked.append(self.name if self.is_hasty else f"{self.name}, patiently")
@@ -72,7 +78,7 @@ def test_peers_that_got_the_shard_meanwhile_are_asked_where_the_origin_failed_an
     origin, late = Scripted("origin", asked, 7, DOWN), Scripted("late", asked)
     received = bytearray()
 
-    def late_holders(since: float) -> list[Scripted]:
+    def late_holders() -> list[Scripted]:
         asked.append("who has it?")
         return [Scripted("gone", asked, failure=NotCached("no")), late]
 
@@ -82,6 +88,30 @@ def test_peers_that_got_the_shard_meanwhile_are_asked_where_the_origin_failed_an
         source.stream(0, len(PLAIN), received.extend)
         assert received == PLAIN
     assert asked == ["origin", "who has it?", "gone", "late", "late"]
+
+
+def test_a_peer_that_stays_silent_is_asked_patiently_once_though_it_had_the_shard() -> None:
+    asked: list[str] = []
+    silent, origin = Scripted("a", asked, failure=SILENT), Scripted("origin", asked, failure=DOWN)
+    source = FirstThatHasIt([silent], origin, lambda: [replace(silent, is_hasty=False)])  # type: ignore[arg-type, list-item]
+    with pytest.raises(OriginUnavailable):
+        source.stream(0, len(PLAIN), bytearray().extend)
+    assert asked == ["a", "origin", "a, patiently"]
+
+
+def test_parts_that_find_a_late_holder_together_ask_it_once_each_from_then_on() -> None:
+    asked: list[str] = []
+    origin, late = Scripted("origin", asked, failure=DOWN), Scripted("late", asked)
+    both = threading.Barrier(2)
+
+    def late_holders() -> list[Scripted]:
+        both.wait()
+        return [replace(late)]
+
+    source = FirstThatHasIt([], origin, late_holders)  # type: ignore[arg-type]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: source.stream(0, len(PLAIN), bytearray().extend), range(2)))
+    assert source._peers == (late,)
 
 
 def test_an_origin_without_room_for_now_is_not_one_that_failed() -> None:

@@ -16,6 +16,7 @@ here is left to torch. A process forked while a batch is held must not use it fo
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
 import multiprocessing
@@ -23,6 +24,7 @@ import multiprocessing.reduction
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,8 +42,10 @@ MAX_FILES = 64
 _STATE, _IS_MAPPED, _HEAD_BYTES = 0, 1, mmap.PAGESIZE
 _FREE, _HELD, _SENT = 0, 1, 2
 
+_Process = tuple[int, str]
+"""Process and pool: a process id may come again."""
 _Key = tuple[int, str, int]
-"""Process, pool and number of a file: a process id may come again."""
+"""Process, pool and number of a file."""
 
 
 class _Bytes:
@@ -78,9 +82,10 @@ class _File:
         self.place = self._region.address + _HEAD_BYTES
         self.head = np.asarray(_Bytes(self._region, 0, _HEAD_BYTES))
 
-    def lease(self, released: Callable[[], None]) -> torch.Tensor:
-        """All bytes after the head; `released` is called when the last tensor over them is gone."""
-        return torch.from_numpy(np.asarray(_Bytes(self._region, _HEAD_BYTES, self._region.length, released)))
+    def lease(self, size_bytes: int, released: Callable[[], None]) -> torch.UntypedStorage:
+        """The first bytes after the head; `released` is called when the last tensor over them is gone."""
+        leased = _Bytes(self._region, _HEAD_BYTES, _HEAD_BYTES + size_bytes, released)
+        return torch.from_numpy(np.asarray(leased)).untyped_storage()
 
     def given_back(self) -> None:
         """The trainer does not need it any more."""
@@ -91,29 +96,31 @@ class _Own(_File):
     """A file of this process, a worker.
 
     Attributes:
+        descriptor: open as long as this process lives, for whoever else gets a tensor.
         is_alive: a tensor of this process lies in it.
+        size_bytes: of the last one.
     """
 
-    __slots__ = ("_descriptor", "is_alive", "key")
+    __slots__ = ("descriptor", "is_alive", "key", "size_bytes")
 
     def __init__(self, key: _Key, capacity: int) -> None:
-        self.key, self.is_alive = key, False
-        self._descriptor: int | None = os.memfd_create("shoal-batch", os.MFD_CLOEXEC)
+        self.key, self.is_alive, self.size_bytes = key, False, 0
+        self.descriptor = os.memfd_create("shoal-batch", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(self._descriptor, _HEAD_BYTES + capacity)
-            super().__init__(self._descriptor, capacity)
+            os.ftruncate(self.descriptor, _HEAD_BYTES + capacity)
+            super().__init__(self.descriptor, capacity)
         except BaseException:
-            os.close(self._descriptor)
+            os.close(self.descriptor)
             raise
 
     @property
     def is_free(self) -> bool:
         return not self.is_alive and self.head[_STATE] == _FREE
 
-    def take(self) -> torch.Tensor:
-        """All its bytes, for a tensor of this process."""
-        self.head[_STATE], self.is_alive = _HELD, True
-        return self.lease(self._let_go)
+    def take(self, size_bytes: int) -> torch.UntypedStorage:
+        """Its first bytes, for a tensor of this process."""
+        self.head[_STATE], self.is_alive, self.size_bytes = _HELD, True, size_bytes
+        return self.lease(size_bytes, self._let_go)
 
     def _let_go(self) -> None:
         if self.head[_STATE] == _HELD:
@@ -121,34 +128,34 @@ class _Own(_File):
         self.is_alive = False
 
     def send(self) -> Any:
-        """The tensor goes to the trainer: with a handle, as long as that one has not mapped the file."""
+        """The tensor goes to another process: with a handle, as long as none has mapped the file."""
         self.head[_STATE] = _SENT
-        if self._descriptor is None:
-            return None
-        if not self.head[_IS_MAPPED]:
-            return multiprocessing.reduction.DupFd(self._descriptor)
-        os.close(self._descriptor)
-        self._descriptor = None
-        return None
+        return None if self.head[_IS_MAPPED] else multiprocessing.reduction.DupFd(self.descriptor)
 
 
 class _Pool:
-    """The files of a worker. For one thread; tensors may be let go of in any."""
+    """The files of a worker. Thread-safe."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
+        self._lock = threading.Lock()  # guards _files, and that a file is given to one thread
         self._name = os.urandom(8).hex()
         self._files: list[_Own] = []
 
-    def file(self, size_bytes: int) -> _Own | None:
-        """One with so much room that is free, or new; None where there are too many."""
-        found = [each for each in self._files if size_bytes <= each.capacity <= 4 * size_bytes and each.is_free]
+    def take(self, size_bytes: int) -> tuple[_Own, torch.UntypedStorage] | None:
+        """A file with so much room that was free, or new, and its first bytes; None where there are too many."""
+        with self._lock:
+            file = self._file(size_bytes)
+            return (file, file.take(size_bytes)) if file is not None else None
+
+    def _file(self, size_bytes: int) -> _Own | None:
+        # Powers of two, so that batches of many lengths share files. Pages that nobody writes take no memory.
+        capacity = max(mmap.PAGESIZE, 1 << (size_bytes - 1).bit_length())
+        found = [each for each in self._files if capacity <= each.capacity <= 2 * capacity and each.is_free]
         if found:
             return min(found, key=lambda each: each.capacity)
         if len(self._files) >= MAX_FILES:
             return None
-        # Powers of two, so that batches of many lengths share files. Pages that nobody writes take no memory.
-        capacity = max(mmap.PAGESIZE, 1 << (size_bytes - 1).bit_length())
         try:
             made = _Own((self.pid, self._name, len(self._files)), capacity)
         except OSError:  # no descriptors are left, or no addresses
@@ -158,10 +165,20 @@ class _Pool:
 
 
 class _Handed(torch.Tensor):
-    """A tensor of a worker in one of its files. What is computed from it is an ordinary one."""
+    """A tensor of a worker in one of its files. What is computed from it is an ordinary one, as is a copy."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     _file: _Own
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For `torch.save` and whatever else does not send it to another process of torch."""
+        return self._plain().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return copy.deepcopy(self._plain(), memo)
+
+    def _plain(self) -> torch.Tensor:
+        return torch.Tensor._make_subclass(torch.Tensor, self, self.requires_grad)
 
 
 _pool: _Pool | None = None
@@ -175,12 +192,20 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
         return None
     if _pool is None or _pool.pid != os.getpid():
         _pool = _Pool()
-    file = _pool.file(size_bytes)
-    if file is None:
+    taken = _pool.take(size_bytes)
+    if taken is None:
         return None
-    handed = file.take()[:size_bytes].view(dtype).view(tuple(shape)).as_subclass(_Handed)
+    file, storage = taken
+    handed: _Handed = torch.Tensor._make_subclass(_Handed, _tensor(storage, dtype, 0, shape, ()))
     handed._file = file
     return handed
+
+
+def _tensor(
+    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: Sequence[int], stride: Sequence[int]
+) -> torch.Tensor:
+    """As torch makes one that another process sent: the whole of a storage, not a view that autograd watches."""
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, offset, tuple(shape), tuple(stride))
 
 
 def copied(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,20 +232,23 @@ def _stacked(tensors: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> 
     if first.layout == torch.strided and first.device.type == "cpu" and not first.is_nested:
         handed = empty((len(tensors), *first.shape), first.dtype)
         if handed is not None:
-            _fill(handed.as_subclass(torch.Tensor), tensors)
-            return handed
+            whole = _filled(handed.as_subclass(torch.Tensor), tensors)
+            return handed if type(whole) is torch.Tensor else whole
     stacked: torch.Tensor = torch_collate.collate_tensor_fn(tensors, collate_fn_map=collate_fn_map)
     return stacked
 
 
-def _fill(batch: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
-    """`torch.stack`, which takes twice as long as a copy each where samples are turned (pictures as (3, h, w))."""
-    first = tensors[0]
-    if not first.is_contiguous() and all((t.shape, t.dtype) == (first.shape, first.dtype) for t in tensors):
-        for place, tensor in zip(batch.unbind(0), tensors, strict=True):
-            place.copy_(tensor)
-    else:
-        torch.stack(list(tensors), 0, out=batch)
+def _filled(batch: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.stack`, which takes twice as long as a copy each where samples are turned (pictures as (3, h, w)).
+
+    Returns `batch`, or what the samples' own kind of tensor makes of it.
+    """
+    kind = torch.Tensor, tensors[0].shape, tensors[0].dtype
+    if tensors[0].is_contiguous() or any((type(each), each.shape, each.dtype) != kind for each in tensors):
+        return torch.stack(list(tensors), 0, out=batch)
+    for place, tensor in zip(batch.unbind(0), tensors, strict=True):
+        place.copy_(tensor)
+    return batch
 
 
 def _numbers(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -231,13 +259,19 @@ def _numbers(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def _how() -> dict[Any, Any]:
-    """By type how samples are put together: torch's ways, what a program added to them included."""
+    """By type how samples are put together: torch's ways, where a program has not changed them, with our memory."""
     ways = dict(torch_collate.default_collate_fn_map)
-    numbers = {kind: _numbers(ways[kind]) for kind in _NUMBERS if kind in ways}
-    return ways | numbers | {torch.Tensor: _stacked}
+    ours = {kind: _numbers(way) for kind, way in _NUMBERS.items() if ways.get(kind) is way}
+    if ways.get(torch.Tensor) is torch_collate.collate_tensor_fn:
+        ours[torch.Tensor] = _stacked
+    return ways | ours
 
 
-_NUMBERS = (int, float, (np.bool_, np.number, np.object_))
+_NUMBERS: dict[Any, Callable[..., torch.Tensor]] = {
+    int: torch_collate.collate_int_fn,
+    float: torch_collate.collate_float_fn,
+    (np.bool_, np.number, np.object_): torch_collate.collate_numpy_scalar_fn,
+}
 
 
 # From process to process
@@ -247,50 +281,84 @@ class _Maps:
     """Maps of other processes' files, as long as these processes run."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _maps: a DataLoader may receive in a thread
+        self._lock = threading.Lock()  # guards _maps and _followed: a DataLoader may receive in a thread
         self._maps: dict[_Key, _File] = {}
-        self._followed: set[int] = set()
+        self._followed: set[_Process] = set()
+        self._ended: deque[_Process] = deque()  # still in _maps, since somebody had the lock
 
-    def get(self, key: _Key, handle: Any, capacity: int) -> _File:
+    def get(self, key: _Key, handle: Any, number: int, capacity: int) -> _File:
         descriptor = handle.detach() if handle is not None else None
         try:
             with self._lock:
                 mapped = self._maps.get(key)
                 if mapped is None:
-                    if descriptor is None:
-                        raise RuntimeError("a batch lies in memory that this process was not told of")
+                    if descriptor is None:  # the trainer has mapped it, and this is another process
+                        descriptor = _open(key[0], number)
                     mapped = self._maps[key] = _File(descriptor, capacity)
                     mapped.head[_IS_MAPPED] = 1
-                    self._follow(key[0])
+                    self._follow(key[:2])
             return mapped
         finally:
             if descriptor is not None:
                 os.close(descriptor)
+            self._forget_ended()
 
-    def _follow(self, pid: int) -> None:
+    def _follow(self, process: _Process) -> None:
         """Let go of a worker's files with it: when its loader lets go of it, or the next one begins."""
-        if pid in self._followed:
+        if process in self._followed:
             return
-        for gone in [each for each in self._followed if not _is_running(each)]:
+        for gone in [each for each in self._followed if not _is_running(each[0])]:
             self._forget(gone)
-        self._followed.add(pid)
+        self._followed.add(process)
         for child in multiprocessing.active_children():
-            if child.pid == pid:
-                weakref.finalize(child, self.forget, pid).atexit = False
+            if child.pid == process[0]:
+                weakref.finalize(child, self.forget, process).atexit = False
 
-    def forget(self, pid: int) -> None:
-        """No more batches come from that process."""
-        with self._lock:
-            self._forget(pid)
+    def forget(self, process: _Process) -> None:
+        """No more batches come from that process.
 
-    def _forget(self, pid: int) -> None:
-        self._followed.discard(pid)
-        for key in [key for key in self._maps if key[0] == pid]:
+        Never waits: the garbage collector calls it wherever it runs, in `get` too.
+        """
+        self._ended.append(process)
+        self._forget_ended()
+
+    def drop(self) -> None:
+        """In a forked child, where nobody else has the lock, whoever seems to."""
+        self._maps.clear()
+
+    def _forget_ended(self) -> None:
+        while self._ended and self._lock.acquire(blocking=False):  # else whoever has the lock does it afterwards
+            try:
+                while self._ended:
+                    self._forget(self._ended.popleft())
+            finally:
+                self._lock.release()
+
+    def _forget(self, process: _Process) -> None:
+        self._followed.discard(process)
+        for key in [key for key in self._maps if key[:2] == process]:
             del self._maps[key]
 
 
 _maps = _Maps()
-os.register_at_fork(after_in_child=lambda: globals().update(_maps=_Maps()))
+
+
+def _forked() -> None:
+    """In a forked child: no batches come, and it keeps no files of its parent's workers, as long as it may run."""
+    global _maps
+    _maps.drop()
+    _maps = _Maps()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def _open(pid: int, number: int) -> int:
+    """What another process has open."""
+    try:
+        return os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise RuntimeError(f"a batch lies in memory of process {pid}, which does not give it: {error}") from error
 
 
 def _is_running(pid: int) -> bool:
@@ -306,26 +374,39 @@ def _is_running(pid: int) -> bool:
 def _reduced(handed: _Handed) -> Any:
     """How a tensor goes to another process."""
     file = handed._file
+    if handed.requires_grad and not handed.is_leaf:
+        return reductions.reduce_tensor(handed)  # type: ignore[no-untyped-call] # refuses it, and says why
     offset = handed.data_ptr() - file.place
-    if not 0 <= offset < file.capacity or file.head[_STATE] != _HELD:
-        plain = handed.detach().clone().as_subclass(torch.Tensor)
+    if not 0 <= offset < file.size_bytes or file.head[_STATE] != _HELD:
+        plain = handed.detach().clone().as_subclass(torch.Tensor).requires_grad_(handed.requires_grad)
         return reductions.reduce_tensor(plain)  # type: ignore[no-untyped-call]
-    layout = handed.dtype, tuple(handed.shape), handed.stride(), offset // handed.element_size()
-    return _rebuilt, (file.key, file.send(), file.capacity, *layout)
+    layout = handed.dtype, offset // handed.element_size(), tuple(handed.shape), handed.stride()
+    return _rebuilt, (
+        file.key,
+        file.send(),
+        file.descriptor,
+        file.capacity,
+        file.size_bytes,
+        *layout,
+        handed.requires_grad,
+    )
 
 
 def _rebuilt(
     key: _Key,
     handle: Any,
+    number: int,
     capacity: int,
+    size_bytes: int,
     dtype: torch.dtype,
+    offset: int,
     shape: Sequence[int],
     stride: Sequence[int],
-    offset: int,
+    requires_grad: bool,  # what pickle calls has no keywords
 ) -> torch.Tensor:
-    file = _maps.get(key, handle, capacity)
-    flat = file.lease(file.given_back).view(dtype)
-    return torch.as_strided(flat, tuple(shape), tuple(stride), offset)
+    file = _maps.get(key, handle, number, capacity)
+    tensor = _tensor(file.lease(size_bytes, file.given_back), dtype, offset, shape, stride)
+    return tensor.requires_grad_(requires_grad)
 
 
 multiprocessing.reduction.ForkingPickler.register(_Handed, _reduced)

@@ -111,9 +111,7 @@ class IterableStream(IterableDataset[Any]):
         for taken, table in enumerate(self.stream, loop.taken + 1):
             # Counted when it is handed out: whoever asks for the state between two batches has had this one.
             self._taken = taken
-            yield (
-                handover.copied(tensors.tensors(table, copy=copy)) if self.transform is None else self.transform(table)
-            )
+            yield _tensors(table, copy=copy) if self.transform is None else self.transform(table)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop stands, for StatefulDataLoader, which asks in each worker; JSON values.
@@ -161,7 +159,7 @@ class IterableStream(IterableDataset[Any]):
             self._given = given
 
 
-def _tensors(table: pa.Table, copy: bool | None) -> dict[str, Any]:
+def _tensors(table: pa.Table, *, copy: bool | None) -> dict[str, Any]:
     return handover.copied(tensors.tensors(table, copy=copy))
 
 
