@@ -119,7 +119,12 @@ class Whereabouts:
     def ask_from_thread(self, digest: str) -> None:
         """Ask all peers anew, in any other thread than the loop's, and no longer than a reader waits for news of it."""
         newer_than = time.monotonic() - ANSWER_AGE_S
-        asking = asyncio.run_coroutine_threadsafe(self.ask(digest, newer_than=newer_than), self._loop)
+        ask = self.ask(digest, newer_than=newer_than)
+        try:
+            asking = asyncio.run_coroutine_threadsafe(ask, self._loop)
+        except RuntimeError:  # the node has ended
+            ask.close()
+            return
         try:
             asking.result(PATIENCE_S)
         except (TimeoutError, CancelledError):
