@@ -18,7 +18,7 @@ import click
 
 from shoal.errors import InvalidRequest, ShoalError
 from shoal_csi.identity import DRIVER_NAME
-from shoal_csi.server import Config, Server, socket_path
+from shoal_csi.driver import Config, Driver, socket_path
 
 log = logging.getLogger("shoal_csi")
 
@@ -111,14 +111,14 @@ def _serve(config: Config) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    server = Server(config)
+    driver = Driver(config)
     try:
         log.info("serving at %s", config.socket)
         print("ready", json.dumps({"socket": str(config.socket)}), flush=True)
         stop.wait()
         log.info("stopping; mounts stay")
     finally:
-        server.close()
+        driver.close()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from shoal_csi import bind
 from shoal_csi.answering import Prober, State
 from shoal_csi.locks import Locks
 from shoal_csi.mount_table import Mount, MountTable
-from shoal_csi.mounts import Mounts
+from shoal_csi.mounting import Mounts
 from shoal_csi.refusals import NotAnswering
 
 log = logging.getLogger(__name__)

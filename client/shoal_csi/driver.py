@@ -29,7 +29,7 @@ from shoal_csi.csi_pb2_grpc import (
 from shoal_csi.identity import Identity
 from shoal_csi.keeper import Keeper
 from shoal_csi.locks import Locks
-from shoal_csi.mounts import CommandMounts
+from shoal_csi.mounting import CommandMounts
 from shoal_csi.node import Node
 from shoal_csi.refusals import Seam
 from shoal_csi.shared import SharedMounts
@@ -67,7 +67,7 @@ class Config:
     look_after_every_s: float
 
 
-class Server:
+class Driver:
     """A running driver."""
 
     def __init__(self, config: Config) -> None:
