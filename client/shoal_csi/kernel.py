@@ -28,7 +28,7 @@ READ_AHEAD_BYTES = 1 << 20
 
 # mount(2), umount2(2)
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOATIME = 1, 2, 4, 1024
-_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
+_MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8
 
 # linux/fuse.h: _IOW(229, 1, struct fuse_backing_map), _IOW(229, 2, uint32_t), fuse_notify_code
 _BACKING_OPEN = (1 << 30) | (16 << 16) | (229 << 8) | 1
@@ -98,16 +98,18 @@ def mount(fd: int, mountpoint: str, source: str, *, allow_other: bool = True, ma
             Path(f"/sys/class/bdi/{made.device}/read_ahead_kb").write_text(str(READ_AHEAD_BYTES >> 10))
 
 
-def unmount(mountpoint: str, *, lazy: bool) -> None:
+def unmount(mountpoint: str, *, lazy: bool, force: bool = False) -> None:
     """Unmount what is mounted last at `mountpoint`.
 
     Args:
         lazy: also where files in it are open: they stay readable while the server lives.
+        force: end the connection first: requests that wait for an answer fail, and so does what is open.
 
     Raises:
         OSError: EBUSY: files in it are open; EINVAL: nothing is mounted there.
     """
-    _check(_library.umount2(os.fsencode(mountpoint), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)), mountpoint)
+    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0) | (_MNT_FORCE if force else 0)
+    _check(_library.umount2(os.fsencode(mountpoint), flags), mountpoint)
 
 
 def mounts(fs_type: str = FS_TYPE) -> Iterator[Mount]:
