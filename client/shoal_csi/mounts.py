@@ -45,7 +45,7 @@ class Holder:
 
 
 def listed() -> list[dict[str, Any]]:
-    """Every mount of Shoal's on this machine, as JSON: those that are known here, and those that only the kernel knows."""
+    """Every mount of Shoal's on this machine, as JSON: those known here, and those that only the kernel knows."""
     attached = {mount.device: mount for mount in kernel.mounts() if mount.root == "/"}
     known = []
     for directory, record in rundir.records():
@@ -132,10 +132,10 @@ def _what_is_held(process: Path, mountpoint: str, device: str) -> str:
         return path == mountpoint or path.startswith(mountpoint.rstrip("/") + "/")
 
     for name, what in (("cwd", "its working directory"), ("root", "its root"), ("exe", "its program")):
-        if is_inside(os.readlink(process / name)):
+        if is_inside(str((process / name).readlink())):
             return what
     for fd in (process / "fd").iterdir():
-        link = os.readlink(fd)
+        link = str(fd.readlink())
         if is_inside(link):
             return link
     major, _, minor = device.partition(":")
@@ -183,17 +183,15 @@ def _wait_while(condition: Callable[[], bool], within_s: float) -> None:
 
 def _json(record: Record, *, is_mounted: bool, has_supervisor: bool) -> dict[str, Any]:
     has_daemon = record.daemon is not None and record.daemon.is_running
-    if has_supervisor:
-        state = record.state if is_mounted else "detached"
-    else:
-        state = "unsupervised" if has_daemon else "dead"
+    supervised = record.state if is_mounted else "detached"
+    unsupervised = "unsupervised" if has_daemon else "dead"
     name, _, snapshot = record.dataset.partition("@")
     return {
         "mountpoint": record.mountpoint,
         "dataset": name,
         "snapshot": snapshot or None,
         "subpath": record.subpath,
-        "state": state,
+        "state": supervised if has_supervisor else unsupervised,
         "since": record.since,
         "restarts": record.restarts,
         "reason": record.reason or None,
@@ -223,11 +221,14 @@ def _stranger(mount: kernel.Mount) -> dict[str, Any]:
 def _supervise(record: Record) -> None:
     command = [sys.executable, "-m", "shoal_csi.supervisor", "--mountpoint", record.mountpoint]
     command += ["--dataset", record.dataset, "--subpath", record.subpath, "--endpoint", record.endpoint]
-    command += ["--daemon-module", record.daemon_module]
-    with rundir.log_of(record.mountpoint).open("ab") as log:
-        subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
-        )
+    command += ["--daemon-module", record.daemon_module, "--background"]
+    subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -1,6 +1,6 @@
 """Where a mount may go, and what is done about one that is dead there.
 
-The rule: whether something is mounted is asked of the kernel first; a directory that a dead mount covers is never looked at.
+The rule: whether something is mounted is asked of the kernel first; a directory under a dead mount is never looked at.
 """
 
 from __future__ import annotations

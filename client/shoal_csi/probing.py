@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-#: statvfs is never cached. ENOTCONN, ECONNABORTED and ECONNREFUSED say that nobody answered; any other error is an answer.
+#: statvfs is never cached. ECONNABORTED, ENOTCONN and ECONNREFUSED say that nobody answered; other errors are answers.
 _CODE = """
 import os, sys
 try:

@@ -152,7 +152,7 @@ def canonical(mountpoint: str) -> str:
     Raises:
         ShoalError: it has no last part.
     """
-    path = os.path.abspath(mountpoint)
+    path = os.path.abspath(mountpoint)  # noqa: PTH100 - resolve() asks the mount itself
     parent, name = os.path.split(path)
     if not name:
         raise ShoalError(f"{mountpoint} is no place for a mount: name a directory")

@@ -39,8 +39,8 @@
 Whoever unmounts from outside makes ConnectionEnded happen, at once or when the last open file is closed. Until then the
 daemon is replaced as before: an open file is worth as much as a mount.
 
-The rule: as long as the connection lives there is a daemon, or a timer after which one is started. Never two daemons: two
-that answer for one connection would each have half of what is open.
+The rule: as long as the connection lives there is a daemon, or a timer after which one is started. Never two daemons:
+each would have half of what is open.
 """
 
 from __future__ import annotations
@@ -362,7 +362,9 @@ def _with_daemon(state: State, event: Event) -> Step:
 
 
 def _starting(state: State) -> Step:
-    return replace(state, phase=Phase.STARTING, has_daemon=True, timer_s=START_S, probes=0, killed_for=""), (StartDaemon(),)
+    return replace(state, phase=Phase.STARTING, has_daemon=True, timer_s=START_S, probes=0, killed_for=""), (
+        StartDaemon(),
+    )
 
 
 def _killing(state: State, reason: str) -> Step:

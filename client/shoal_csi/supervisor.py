@@ -2,11 +2,11 @@
 
     python -m shoal_csi.supervisor --mountpoint DIR --dataset NAME@SNAPSHOT [--subpath P] [--endpoint URL]
 
-Says ``ready {json}`` on stdout when the mount answers; before that, ends with ``error: …`` where it cannot. Signals: HUP
-puts a new daemon in the old one's place, TERM and INT unmount (a second one does not wait for open files). What happens
-when is `shoal_csi.states`; here it is done. Descriptors of the connection, of the memory in which daemons leave what
-their successors need, and of the pipe on which they say ready are in the daemon too, so that the death of this process
-costs nothing: the daemon serves on, and the next supervisor takes them from there.
+Says ``ready {json}`` on stdout when the mount answers; before that, ends with ``error: …`` where it cannot. Signals:
+HUP puts a new daemon in the old one's place, TERM and INT unmount (a second one does not wait for open files). What
+happens when is `shoal_csi.states`; here it is done. Descriptors of the connection, of the memory in which daemons leave
+what their successors need, and of the pipe on which they say ready are in the daemon, too, so that the death of this
+process costs nothing: the daemon serves on, and the next supervisor takes them from there (`shoal_csi.handover`).
 
 It is small on purpose, and asks the kernel to look for memory elsewhere: what it holds is all that cannot be replaced.
 
@@ -23,20 +23,20 @@ import json
 import os
 import select
 import signal
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from shoal.errors import ShoalError
-from shoal_csi import handover, kernel, places, probing, refusing, rundir, states
-from shoal_csi.handover import Held
+from shoal_csi import arrival, handover, kernel, places, refusing, rundir, states
+from shoal_csi.arrival import Found, Options
+from shoal_csi.journal import Journal
 from shoal_csi.probing import Outcome, Probe
-from shoal_csi.rundir import Claim, Daemon, Record
+from shoal_csi.rundir import Daemon, Record
 from shoal_csi.states import Phase, State
 
 DAEMON = "shoal_csi.daemon"
@@ -44,47 +44,27 @@ DAEMON = "shoal_csi.daemon"
 OOM_SCORE_ADJ = -900
 #: Between two requests through the mount; the second one comes early, because it says that the daemon is well.
 PROBE_EVERY_S, SECOND_PROBE_S = 10.0, 2.0
-#: A log that grows beyond this begins anew, and what it had lies beside it. It may be on a file system in memory.
-MOST_LOG_BYTES = 4 << 20
-_TAIL_BYTES = 64 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What to mount where; see `rundir.Record`."""
-
-    mountpoint: str
-    dataset: str
-    subpath: str
-    endpoint: str
-    allow_other: bool
-    take_over: bool
-    announce: str
-    daemon_module: str
 
 
 class Supervisor:
     """One mount's. `run` returns the status to end with.
 
     Args:
-        held: the connection's descriptors, from now on its own.
-        found: what is known of a mount that is there already; None: `mount` has yet to make it.
-        notes: what was found and repaired on the way there.
+        found: its descriptors and lock are from now on this object's.
     """
 
-    def __init__(self, options: Options, claim: Claim, held: Held, found: Record | None, notes: Sequence[str]) -> None:
-        self._options = options
-        self._claim = claim
-        self._held = held
-        self._notes = list(notes)
+    def __init__(self, found: Found, journal: Journal) -> None:
+        self._options, self._claim, self._held, self._notes = found.options, found.claim, found.held, found.notes
+        self._journal = journal
         self._state = State()
         self._since = time.time()
-        self._device = "" if found is None else found.device
-        self._daemon: Daemon | None = None if found is None or held.ready_fd is None else found.daemon
+        self._device = "" if found.record is None else found.record.device
+        has_daemon = found.record is not None and self._held.ready_fd is not None
+        self._daemon: Daemon | None = found.record.daemon if found.record is not None and has_daemon else None
         self._process: subprocess.Popen[bytes] | None = None  # of a daemon that is a child of this process
         self._pidfd = -1 if self._daemon is None else os.pidfd_open(self._daemon.pid)
         self._heard = b""
-        self._log_start = _log_size()
+        self._log_start = journal.size()
         self._deadline: float | None = None
         self._probe: Probe | None = None
         self._probe_at: float | None = None
@@ -92,8 +72,8 @@ class Supervisor:
         self._successor: object = None
         self._poll = select.poll()
         self._wakeup = _signals()
-        self._listener = handover.listen(claim.directory)
-        self._poll.register(held.fuse_fd, 0)  # POLLERR alone: the connection has ended
+        self._listener = handover.listen(self._claim.directory)
+        self._poll.register(self._held.fuse_fd, 0)  # POLLERR alone: the connection has ended
         self._poll.register(self._wakeup, select.POLLIN)
         self._poll.register(self._listener, select.POLLIN)
         self._mounts_fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
@@ -115,7 +95,7 @@ class Supervisor:
             else:  # only now: a process that was stopped itself for a while must hear first what happened meanwhile
                 self._look_at_the_clock()
         if self._end.sentence:
-            _fail(self._end.sentence)
+            self._journal.fail(self._end.sentence)
         self._claim.release(forget=self._successor is None)
         return self._end.status
 
@@ -123,7 +103,7 @@ class Supervisor:
         """Deal with one thing that happened. What else did is found again by the next poll(2), unless this undid it."""
         if self._wakeup in ready:
             for number in os.read(self._wakeup, 64):
-                _say(f"{signal.Signals(number).name} in phase {self._state.phase}")
+                self._journal.say(f"{signal.Signals(number).name} in phase {self._state.phase}")
                 self._happened(states.UpgradeAsked() if number == signal.SIGHUP else states.StopAsked())
         elif self._pidfd in ready:
             self._bury()
@@ -173,7 +153,7 @@ class Supervisor:
         if self._state.phase is not before.phase:
             self._since = time.time()
             why = f": {self._state.reason}" if self._state.phase is Phase.WAITING else ""
-            _say(f"{before.phase} -> {self._state.phase}{why}")
+            self._journal.say(f"{before.phase} -> {self._state.phase}{why}")
         if self._state.refuses_requests != before.refuses_requests:
             self._refuse(self._state.refuses_requests)
         for action in actions:
@@ -202,8 +182,8 @@ class Supervisor:
     # The daemon.
 
     def _start_daemon(self) -> None:
-        _shorten_log()
-        self._log_start = _log_size()
+        self._journal.shorten()
+        self._log_start = self._journal.size()
         ready_fd, says_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(says_fd, True)
         options = self._options
@@ -234,7 +214,7 @@ class Supervisor:
         with contextlib.suppress(OSError):  # it inherits ours
             Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE_ADJ_BEFORE)
         self._watch_daemon()
-        _say(f"daemon {pid} starts")
+        self._journal.say(f"daemon {pid} starts")
 
     def _watch_daemon(self) -> None:
         self._poll.register(self._pidfd, select.POLLIN)
@@ -272,8 +252,12 @@ class Supervisor:
             sentence = "it ended, and its status was another process's to know"
         else:
             sentence = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        _say(f"daemon {pid} ended: {sentence}")
-        said = "" if code is None or code <= 0 else _last_words(self._log_start) or f"it ended with {sentence}"
+        self._journal.say(f"daemon {pid} ended: {sentence}")
+        said = (
+            ""
+            if code is None or code <= 0
+            else self._journal.last_words(self._log_start) or f"it ended with {sentence}"
+        )
         self._happened(states.DaemonEnded(sentence, said))
 
     # Requests through the mount.
@@ -300,7 +284,7 @@ class Supervisor:
 
     def _refuse(self, is_on: bool) -> None:
         self._poll.modify(self._held.fuse_fd, select.POLLIN if is_on else 0)
-        _say("requests fail until a daemon comes up" if is_on else "requests wait for the daemon")
+        self._journal.say("requests fail until a daemon comes up" if is_on else "requests wait for the daemon")
         if is_on:
             refusing.take_back(self._held.fuse_fd)
 
@@ -318,10 +302,10 @@ class Supervisor:
             kernel.unmount(self._options.mountpoint, lazy=False)
         except OSError as error:
             if error.errno != errno.EBUSY:
-                _say(f"{self._options.mountpoint} is not unmounted: {error.strerror}")
+                self._journal.say(f"{self._options.mountpoint} is not unmounted: {error.strerror}")
                 return
             kernel.unmount(self._options.mountpoint, lazy=True)
-            _say("files are open: the mount is detached, and they may be read on for a while")
+            self._journal.say("files are open: the mount is detached, and they may be read on for a while")
 
     def mount(self) -> states.Event:
         """Mount, and say what came of it."""
@@ -356,6 +340,9 @@ class Supervisor:
         }
         with contextlib.suppress(OSError):  # nobody listens
             os.write(1, text[self._options.announce].encode() + b"\n")
+        if self._options.background:
+            os.dup2(0, 1)
+            self._journal.let_go()
 
     def _record(self) -> Record:
         options, state = self._options, self._state
@@ -373,7 +360,7 @@ class Supervisor:
             reason=state.reason,
             is_established=state.is_established,
             since=self._since,
-            log=_log_path(),
+            log=self._journal.path,
             daemon_module=options.daemon_module,
         )
 
@@ -382,83 +369,8 @@ class Supervisor:
         refusal = "" if can else f"it is {self._state.phase}"
         self._successor = handover.give(self._listener, self._record(), self._held, refusal=refusal)
         if self._successor is not None:
-            _say("a successor took over")
+            self._journal.say("a successor took over")
             self._happened(states.SuccessorTookOver())
-
-
-# How a supervisor comes to its mount.
-
-
-def prepare(options: Options) -> tuple[Supervisor, states.Adopted | None]:
-    """Claim the mount point; take over what is there, or clear what is left of it, or find it free.
-
-    Returns:
-        The supervisor and what happened first; None: it has yet to mount.
-
-    Raises:
-        ShoalError: the place cannot have a mount, with the sentence for people.
-    """
-    claim = rundir.claim(options.mountpoint)
-    if claim is None:
-        before = rundir.read(rundir.directory_of(options.mountpoint))
-        if not options.take_over or before is None:
-            what = before.dataset if before is not None else "something of Shoal's"
-            raise ShoalError(
-                f"{options.mountpoint} is already a mount, of {what}: unmount it with 'shoal umount {options.mountpoint}'"
-            )
-        record, held = handover.ask(rundir.directory_of(options.mountpoint))
-        claim = rundir.claim(options.mountpoint, within_s=handover.ANSWER_S)
-        if claim is None:
-            raise ShoalError(f"the supervisor of {options.mountpoint} handed over, but another one was faster")
-        return _adopt(options, claim, held, record, "took over from the supervisor that was there")
-    try:
-        return _without_supervisor(options, claim)
-    except BaseException:
-        claim.release(forget=kernel.find(options.mountpoint) is None)
-        raise
-
-
-def _without_supervisor(options: Options, claim: Claim) -> tuple[Supervisor, states.Adopted | None]:
-    record = rundir.read(claim.directory)
-    there = kernel.find(options.mountpoint)
-    notes: list[str] = []
-    if there is not None:
-        if there.fs_type != kernel.FS_TYPE:
-            raise ShoalError(f"{options.mountpoint} is already a mount, of type {there.fs_type}: name another directory")
-        is_ours = record is not None and record.device == there.device
-        is_wanted = is_ours and _is_same(record, options)
-        if is_wanted and record is not None and record.daemon is not None and record.daemon.is_running:
-            try:
-                held = handover.from_daemon(record.daemon)
-            except OSError as error:
-                _say(f"the daemon's descriptors cannot be taken: {error}")
-            else:
-                note = f"the supervisor of {options.mountpoint} was dead: took the mount over, with the daemon that served it"
-                return _adopt(options, claim, held, record, note)
-        notes.append(places.detach_stale(there, record if is_ours else None))
-    if options.take_over:
-        raise ShoalError(f"nothing of Shoal's is mounted at {options.mountpoint} that could be taken over")
-    places.check(options.mountpoint)
-    held = Held(places.open_device(), os.memfd_create("shoal-mount"), None)
-    return Supervisor(options, claim, held, None, notes), None
-
-
-def _is_same(record: Record | None, options: Options) -> bool:
-    return record is not None and (options.take_over or (record.dataset, record.subpath) == (options.dataset, options.subpath))
-
-
-def _adopt(
-    options: Options, claim: Claim, held: Held, record: Record, note: str
-) -> tuple[Supervisor, states.Adopted | None]:
-    options = replace(
-        options,
-        dataset=record.dataset,
-        subpath=record.subpath,
-        endpoint=options.endpoint or record.endpoint,
-        allow_other=record.allow_other,
-    )
-    event = states.Adopted(held.ready_fd is not None, record.restarts, record.is_established)
-    return Supervisor(options, claim, held, record, [note]), event
 
 
 def _signals() -> int:
@@ -470,68 +382,14 @@ def _signals() -> int:
     return reads
 
 
-# What is written.
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk must not end a mount
-        os.write(2, f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor {os.getpid()}: {text}\n".encode())
-
-
-def _fail(sentence: str) -> None:
-    """What whoever started this process reads of why it ended: `shoal.devcluster.server.last_words` finds it."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"error: {sentence}\n".encode())
-
-
-def _log_size() -> int:
-    """Bytes of the log, where stderr is a file; else 0."""
-    status = os.fstat(2)
-    return status.st_size if _is_file(status) else 0
-
-
-def _is_file(status: os.stat_result) -> bool:
-    return (status.st_mode & 0o170000) == 0o100000
-
-
-def _log_path() -> str:
-    return os.readlink("/proc/self/fd/2") if _is_file(os.fstat(2)) else ""
-
-
-def _last_words(start: int) -> str:
-    """The last ``error:`` line that was written since, else the last line; "" where the log cannot be read."""
-    path = _log_path()
-    if not path:
-        return ""
-    try:
-        with Path(path).open("rb") as log:
-            log.seek(max(start, _log_size() - _TAIL_BYTES))
-            lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    except OSError:
-        return ""
-    own = f" supervisor {os.getpid()}: "
-    lines = [line for line in lines if own not in line]
-    errors = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("error:")]
-    return (errors or lines or [""])[-1]
-
-
-def _shorten_log() -> None:
-    path = _log_path()
-    if path and _log_size() > MOST_LOG_BYTES:
-        with contextlib.suppress(OSError):
-            Path(path + ".1").write_bytes(Path(path).read_bytes()[-MOST_LOG_BYTES:])
-            os.truncate(path, 0)  # all who write to it append
-
-
 def _let_go() -> None:
-    """Keep no file system busy, least of all the one that is mounted: neither by a directory nor by an inherited file."""
-    kept = os.open("/dev/null", os.O_RDONLY)
-    os.dup2(kept, 0)
-    os.closerange(3, max(int(fd) for fd in os.listdir("/proc/self/fd")) + 1)
-    # Modules are found all the same, by the daemon, too.
-    path = [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    if path:
-        os.environ["PYTHONPATH"] = os.pathsep.join(path)
+    """Keep no file system busy, least of all the one that is mounted: by no directory and by no inherited file."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    for name in ("PYTHONPATH", "SHOAL_RUN_DIR"):  # what is found by them here is found from elsewhere, too
+        parts = [str(Path(part).absolute()) for part in os.environ.get(name, "").split(os.pathsep) if part]
+        if parts:
+            os.environ[name] = os.pathsep.join(parts)
     os.chdir("/")
 
 
@@ -557,23 +415,30 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--endpoint", default="")
     parser.add_argument("--allow-other", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--take-over", action="store_true", help="of the supervisor that is there, then upgrade")
+    parser.add_argument(
+        "--background", action="store_true", help="log to a file; stdout and stderr only until it answers"
+    )
     parser.add_argument("--announce", choices=["ready", "json", "text"], default="ready")
     parser.add_argument("--daemon-module", default=DAEMON)
     raw = parser.parse_args(argv)
+    journal = Journal()
     try:
         options = Options(**vars(raw) | {"mountpoint": rundir.canonical(raw.mountpoint)})
         if not options.dataset and not options.take_over:
             parser.error("--dataset is missing")
         _let_go()
-        supervisor, event = prepare(options)
+        if options.background:
+            journal.to_file(options.mountpoint)
+        found = arrival.prepare(options, journal)
     except ShoalError as error:
-        _fail(str(error))
+        journal.fail(str(error))
         raise SystemExit(1) from None
     _OOM_SCORE_ADJ_BEFORE = _spare_me()
-    if event is None:
+    supervisor = Supervisor(found, journal)
+    if found.event is None:
         raise SystemExit(supervisor.run(supervisor.mount()))
-    is_upgrade = options.take_over and event.has_daemon
-    raise SystemExit(supervisor.run(event, *([states.UpgradeAsked()] if is_upgrade else [])))
+    is_upgrade = options.take_over and found.event.has_daemon
+    raise SystemExit(supervisor.run(found.event, *([states.UpgradeAsked()] if is_upgrade else [])))
 
 
 if __name__ == "__main__":

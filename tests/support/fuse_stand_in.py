@@ -30,7 +30,8 @@ from pathlib import Path
 from shoal_csi import kernel
 
 FILES, SIZE = 8, 1 << 20
-_LOOKUP, _GETATTR, _OPEN, _READ, _STATFS, _INIT, _OPENDIR, _READDIR, _RELEASE, _RELEASEDIR = 1, 3, 14, 15, 17, 26, 27, 28, 18, 29  # fmt: skip
+_LOOKUP, _GETATTR, _OPEN, _READ, _STATFS, _RELEASE, _INIT = 1, 3, 14, 15, 17, 18, 26
+_OPENDIR, _READDIR, _RELEASEDIR = 27, 28, 29
 _SILENT = (2, 42, 36)
 
 
@@ -99,7 +100,9 @@ class Server:
                 os.pwrite(self.state_fd, b"init", 0)
                 flags = struct.unpack_from("<IIII", body)[3] & (1 | 1 << 22)
                 more = (0,) * 8
-                self.reply(unique, struct.pack("<4I2H2I2H2I6I", 7, 40, 1 << 17, flags, 64, 48, 1 << 20, 1, 32, 0, *more))
+                self.reply(
+                    unique, struct.pack("<4I2H2I2H2I6I", 7, 40, 1 << 17, flags, 64, 48, 1 << 20, 1, 32, 0, *more)
+                )
                 self.ready()
             case _ if operation == _LOOKUP:
                 name = body.rstrip(b"\0").decode()
@@ -111,7 +114,9 @@ class Server:
             case _ if operation == _GETATTR:
                 self.reply(unique, struct.pack("<QII", 3600, 0, 0) + attributes(node))
             case _ if operation in (_OPEN, _OPENDIR):
-                self.reply(unique, struct.pack("<QII", 1, 1 if operation == _OPEN else 0, 0))  # direct_io: each read asks
+                self.reply(
+                    unique, struct.pack("<QII", 1, 1 if operation == _OPEN else 0, 0)
+                )  # direct_io: each read asks
             case _ if operation == _READ:
                 step("read")
                 _, offset, count = struct.unpack_from("<QQI", body)
