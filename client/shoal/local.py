@@ -83,7 +83,7 @@ class LocalNode:
                 os.close(descriptor)
 
     def descriptor(self, shard: ShardAt) -> int | None:
-        """A read-only descriptor of the sealed file of `shard`, which is the caller's to close; None where there is none.
+        """A read-only descriptor of the sealed file of `shard`, the caller's to close; None where there is none.
 
         The file never changes, and stays readable through the descriptor when the node evicts it.
         """
