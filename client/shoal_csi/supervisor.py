@@ -1,0 +1,445 @@
+"""The process that a mount lives in: it holds the connection, and sees to it that some daemon serves it.
+
+    python -m shoal_csi.supervisor --mountpoint DIR --dataset NAME@SNAPSHOT [--subpath P] [--endpoint URL]
+
+Says ``ready {json}`` on stdout when the mount answers; before that, ends with ``error: …`` where it cannot. Signals:
+HUP puts a new daemon in the old one's place, TERM and INT unmount (a second one does not wait for open files). What
+happens when is `shoal_csi.states`; here it is done. Descriptors of the connection, of the memory in which daemons leave
+what their successors need, and of the pipe on which they say ready are in the daemon, too, so that the death of this
+process costs nothing: the daemon serves on, and the next supervisor takes them from there (`shoal_csi.handover`).
+
+It is small on purpose, and asks the kernel to look for memory elsewhere: what it holds is all that cannot be replaced.
+
+The rule: this process never touches a path inside the mount. A request that nobody answers holds whoever made it, even
+against a SIGKILL, and with it every descriptor that it has; so requests are made by a child that has none of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from shoal.errors import ShoalError
+from shoal_csi import arrival, handover, kernel, places, refusing, rundir, states
+from shoal_csi.arrival import Found, Options
+from shoal_csi.journal import Journal
+from shoal_csi.probing import Outcome, Probe
+from shoal_csi.rundir import Daemon, Record
+from shoal_csi.states import Phase, State
+
+DAEMON = "shoal_csi.daemon"
+#: The kernel's out-of-memory killer takes us after nearly everything else; the daemon is as good a choice as any.
+OOM_SCORE_ADJ = -900
+#: Between two requests through the mount; the second one comes early, because it says that the daemon is well.
+PROBE_EVERY_S, SECOND_PROBE_S = 10.0, 2.0
+
+
+class Supervisor:
+    """One mount's. `run` returns the status to end with.
+
+    Args:
+        found: its descriptors and lock are from now on this object's.
+    """
+
+    def __init__(self, found: Found, journal: Journal) -> None:
+        self._options, self._claim, self._held, self._notes = found.options, found.claim, found.held, found.notes
+        self._journal = journal
+        self._state = State()
+        self._since = time.time()
+        self._device = "" if found.record is None else found.record.device
+        has_daemon = found.record is not None and self._held.ready_fd is not None
+        self._daemon: Daemon | None = found.record.daemon if found.record is not None and has_daemon else None
+        self._process: subprocess.Popen[bytes] | None = None  # of a daemon that is a child of this process
+        self._pidfd = -1 if self._daemon is None else os.pidfd_open(self._daemon.pid)
+        self._heard = b""
+        self._log_start = journal.size()
+        self._deadline: float | None = None
+        self._probe: Probe | None = None
+        self._probe_at: float | None = None
+        self._end: states.End | None = None
+        self._successor: object = None
+        self._poll = select.poll()
+        self._wakeup = _signals()
+        self._listener = handover.listen(self._claim.directory)
+        self._poll.register(self._held.fuse_fd, 0)  # POLLERR alone: the connection has ended
+        self._poll.register(self._wakeup, select.POLLIN)
+        self._poll.register(self._listener, select.POLLIN)
+        self._mounts_fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._poll.register(self._mounts_fd, select.POLLPRI)  # proc(5): something was mounted or unmounted
+        self._is_aside = False
+        if self._daemon is not None:
+            self._watch_daemon()
+
+    # The loop.
+
+    def run(self, *first: states.Event) -> int:
+        """Do what follows from `first`, and from whatever happens then."""
+        for event in first:
+            self._happened(event)
+        while self._end is None:
+            ready = dict(self._poll.poll(self._patience_ms()))
+            if ready:
+                self._look(ready)
+            else:  # only now: a process that was stopped itself for a while must hear first what happened meanwhile
+                self._look_at_the_clock()
+        if self._end.sentence:
+            self._journal.fail(self._end.sentence)
+        self._claim.release(forget=self._successor is None)
+        return self._end.status
+
+    def _look(self, ready: dict[int, int]) -> None:
+        """Deal with one thing that happened. What else did is found again by the next poll(2), unless this undid it."""
+        if self._wakeup in ready:
+            for number in os.read(self._wakeup, 64):
+                self._journal.say(f"{signal.Signals(number).name} in phase {self._state.phase}")
+                self._happened(states.UpgradeAsked() if number == signal.SIGHUP else states.StopAsked())
+        elif self._pidfd in ready:
+            self._bury()
+        elif self._held.ready_fd is not None and self._held.ready_fd in ready:
+            self._hear()
+        elif self._mounts_fd in ready:
+            if not self._is_aside and not self._is_mounted():
+                self._is_aside = True
+                self._claim.move_aside()  # another mount may take the place, while files of this one are open
+        elif self._probe is not None and self._probe.pidfd in ready:
+            self._end_probe()
+        elif self._listener.fileno() in ready:
+            self._hand_over()
+        elif ready.get(self._held.fuse_fd, 0) & select.POLLERR:
+            self._poll.unregister(self._held.fuse_fd)
+            self._happened(states.ConnectionEnded(is_mounted=self._is_mounted()))
+        elif self._state.refuses_requests:
+            refusing.refuse(self._held.fuse_fd)
+
+    def _look_at_the_clock(self) -> None:
+        now = time.monotonic()
+        if self._deadline is not None and now >= self._deadline:
+            self._deadline = None
+            self._happened(states.TimerPassed())
+        if self._state.is_probed and self._probe is None and self._probe_at is not None and now >= self._probe_at:
+            self._start_probe()
+        if self._probe is not None and self._state.is_probed and now >= self._probe.since + self._state.patience_s:
+            self._drop_probe()
+            self._happened(states.ProbeOverdue())
+
+    def _patience_ms(self) -> float | None:
+        times = [self._deadline]
+        if self._state.is_probed:
+            times.append(self._probe_at if self._probe is None else self._probe.since + self._state.patience_s)
+        known = [when for when in times if when is not None]
+        return max(0.0, min(known) - time.monotonic()) * 1000 + 1 if known else None
+
+    def _happened(self, event: states.Event) -> None:
+        before = self._state
+        self._state, actions = states.handle(before, event)
+        if self._state == before and not isinstance(event, states.TimerPassed):
+            return
+        is_other = (self._state.phase, self._state.timer_s) != (before.phase, before.timer_s)
+        if is_other or isinstance(event, states.TimerPassed):
+            timer_s = self._state.timer_s
+            self._deadline = None if timer_s is None else time.monotonic() + timer_s
+        if self._state.phase is not before.phase:
+            self._since = time.time()
+            why = f": {self._state.reason}" if self._state.phase is Phase.WAITING else ""
+            self._journal.say(f"{before.phase} -> {self._state.phase}{why}")
+        if self._state.refuses_requests != before.refuses_requests:
+            self._refuse(self._state.refuses_requests)
+        for action in actions:
+            self._do(action)
+        if self._end is None:
+            self._claim.write(self._record())
+
+    def _do(self, action: states.Action) -> None:
+        match action:
+            case states.StartDaemon():
+                self._start_daemon()
+            case states.FinishDaemon():
+                self._signal_daemon(signal.SIGTERM)
+            case states.KillDaemon():
+                self._signal_daemon(signal.SIGKILL)
+            case states.Probe():
+                self._start_probe()
+            case states.Announce():
+                self._announce()
+            case states.Unmount():
+                self._unmount()
+            case states.End():
+                self._drop_probe()
+                self._end = action
+
+    # The daemon.
+
+    def _start_daemon(self) -> None:
+        self._journal.shorten()
+        self._log_start = self._journal.size()
+        ready_fd, says_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(says_fd, True)
+        options = self._options
+        command = [sys.executable, "-m", options.daemon_module, "--fd", str(self._held.fuse_fd)]
+        command += ["--state-fd", str(self._held.state_fd), "--dataset", options.dataset]
+        command += ["--subpath", options.subpath] if options.subpath else []
+        command += ["--endpoint", options.endpoint] if options.endpoint else []
+        self._heard = b""
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=says_fd,
+                # Its own end of the pipe, too: without a supervisor it must not fail at saying that it is ready.
+                pass_fds=(self._held.fuse_fd, self._held.state_fd, ready_fd),
+                process_group=0,  # Ctrl-C is for the supervisor
+            )
+        except OSError as error:  # no memory, no processes: as if it had ended at once
+            os.close(ready_fd)
+            self._happened(states.DaemonEnded(f"it could not be started: {error}"))
+            return
+        finally:
+            os.close(says_fd)
+        pid = self._process.pid
+        self._pidfd = os.pidfd_open(pid)
+        self._held = replace(self._held, ready_fd=ready_fd)
+        self._daemon = Daemon(pid, rundir.started(pid), self._held.fuse_fd, self._held.state_fd, ready_fd)
+        with contextlib.suppress(OSError):  # it inherits ours
+            Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE_ADJ_BEFORE)
+        self._watch_daemon()
+        self._journal.say(f"daemon {pid} starts")
+
+    def _watch_daemon(self) -> None:
+        self._poll.register(self._pidfd, select.POLLIN)
+        if self._held.ready_fd is not None:
+            self._poll.register(self._held.ready_fd, select.POLLIN)
+
+    def _signal_daemon(self, number: signal.Signals) -> None:
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def _hear(self) -> None:
+        """Take in what the daemon says on stdout."""
+        assert self._held.ready_fd is not None
+        heard = os.read(self._held.ready_fd, 1 << 16)
+        if not heard:  # it closed its stdout, which it may
+            self._poll.unregister(self._held.ready_fd)
+        self._heard += heard
+        *lines, self._heard = self._heard.split(b"\n")
+        if any(line.startswith(b"ready") for line in lines):
+            self._happened(states.DaemonReady())
+
+    def _bury(self) -> None:
+        """The daemon is gone: let go of what was its own, and say how it ended."""
+        assert self._daemon is not None and self._held.ready_fd is not None
+        code = None if self._process is None else self._process.wait()
+        for fd in (self._pidfd, self._held.ready_fd):
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(fd)
+            os.close(fd)
+        pid, self._pidfd, self._daemon, self._process = self._daemon.pid, -1, None, None
+        self._held = replace(self._held, ready_fd=None)
+        self._drop_probe()
+        if code is None:
+            sentence = "it ended, and its status was another process's to know"
+        else:
+            sentence = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self._journal.say(f"daemon {pid} ended: {sentence}")
+        said = (
+            ""
+            if code is None or code <= 0
+            else self._journal.last_words(self._log_start) or f"it ended with {sentence}"
+        )
+        self._happened(states.DaemonEnded(sentence, said))
+
+    # Requests through the mount.
+
+    def _start_probe(self) -> None:
+        if self._probe is None and self._end is None:
+            self._probe = Probe(self._options.mountpoint, self._device)
+            self._poll.register(self._probe.pidfd, select.POLLIN)
+
+    def _end_probe(self) -> None:
+        assert self._probe is not None
+        outcome = self._probe.outcome()
+        self._drop_probe()
+        is_early = self._state.probes == 0 or outcome is not Outcome.ANSWERED
+        self._probe_at = time.monotonic() + (SECOND_PROBE_S if is_early else PROBE_EVERY_S)
+        if outcome is Outcome.ANSWERED:
+            self._happened(states.ProbeAnswered())
+
+    def _drop_probe(self) -> None:
+        if self._probe is not None:
+            self._poll.unregister(self._probe.pidfd)
+            self._probe.close()
+            self._probe = None
+
+    def _refuse(self, is_on: bool) -> None:
+        self._poll.modify(self._held.fuse_fd, select.POLLIN if is_on else 0)
+        self._journal.say("requests fail until a daemon comes up" if is_on else "requests wait for the daemon")
+        if is_on:
+            refusing.take_back(self._held.fuse_fd)
+
+    # The mount.
+
+    def _is_mounted(self) -> bool:
+        return any(
+            mount.device == self._device and mount.mountpoint == self._options.mountpoint for mount in kernel.mounts()
+        )
+
+    def _unmount(self) -> None:
+        if not self._is_mounted():
+            return
+        try:
+            kernel.unmount(self._options.mountpoint, lazy=False)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                self._journal.say(f"{self._options.mountpoint} is not unmounted: {error.strerror}")
+                return
+            kernel.unmount(self._options.mountpoint, lazy=True)
+            self._journal.say("files are open: the mount is detached, and they may be read on for a while")
+
+    def mount(self) -> states.Event:
+        """Mount, and say what came of it."""
+        options = self._options
+        try:
+            kernel.mount(
+                self._held.fuse_fd, options.mountpoint, f"shoal:{options.dataset}", allow_other=options.allow_other
+            )
+        except OSError as error:
+            return states.MountRefused(places.refusal(options.mountpoint, error))
+        made = kernel.find(options.mountpoint)
+        self._device = made.device if made is not None else ""
+        return states.Mounted()
+
+    # Others.
+
+    def _announce(self) -> None:
+        record = self._record()
+        known = {
+            "mountpoint": record.mountpoint,
+            "dataset": record.dataset,
+            "subpath": record.subpath,
+            "supervisor_pid": record.supervisor_pid,
+            "daemon_pid": None if record.daemon is None else record.daemon.pid,
+            "log": record.log or None,
+            "notes": self._notes,
+        }
+        text = {
+            "ready": f"ready {json.dumps(known)}",
+            "json": json.dumps(known, indent=2),
+            "text": "\n".join([*self._notes, f"{record.dataset} is mounted at {record.mountpoint}; Ctrl-C unmounts"]),
+        }
+        with contextlib.suppress(OSError):  # nobody listens
+            os.write(1, text[self._options.announce].encode() + b"\n")
+        if self._options.background:
+            os.dup2(0, 1)
+            self._journal.let_go()
+
+    def _record(self) -> Record:
+        options, state = self._options, self._state
+        return Record(
+            mountpoint=options.mountpoint,
+            dataset=options.dataset,
+            subpath=options.subpath,
+            endpoint=options.endpoint,
+            allow_other=options.allow_other,
+            device=self._device,
+            supervisor_pid=os.getpid(),
+            daemon=self._daemon,
+            state=str(state.phase),
+            restarts=state.restarts,
+            reason=state.reason,
+            is_established=state.is_established,
+            since=self._since,
+            log=self._journal.path,
+            daemon_module=options.daemon_module,
+        )
+
+    def _hand_over(self) -> None:
+        can = self._state.phase in (Phase.STARTING, Phase.SERVING, Phase.WAITING)
+        refusal = "" if can else f"it is {self._state.phase}"
+        self._successor = handover.give(self._listener, self._record(), self._held, refusal=refusal)
+        if self._successor is not None:
+            self._journal.say("a successor took over")
+            self._happened(states.SuccessorTookOver())
+
+
+def _signals() -> int:
+    """A descriptor that gives the number of each signal that arrives."""
+    reads, writes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return reads
+
+
+def _let_go() -> None:
+    """Keep no file system busy, least of all the one that is mounted: by no directory and by no inherited file."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    for name in ("PYTHONPATH", "SHOAL_RUN_DIR"):  # what is found by them here is found from elsewhere, too
+        parts = [str(Path(part).absolute()) for part in os.environ.get(name, "").split(os.pathsep) if part]
+        if parts:
+            os.environ[name] = os.pathsep.join(parts)
+    os.chdir("/")
+
+
+def _spare_me() -> str:
+    """Ask not to be killed for memory. Returns what a child should have instead."""
+    own = Path("/proc/self/oom_score_adj")
+    before = own.read_text()
+    with contextlib.suppress(OSError):  # only root may ask for less
+        own.write_text(str(OOM_SCORE_ADJ))
+    return before
+
+
+_OOM_SCORE_ADJ_BEFORE = "0"
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Mount, supervise, and end with the process's status."""
+    global _OOM_SCORE_ADJ_BEFORE
+    parser = argparse.ArgumentParser(prog="python -m shoal_csi.supervisor", description=__doc__.partition("\n")[0])
+    parser.add_argument("--mountpoint", required=True)
+    parser.add_argument("--dataset", default="", help="NAME@SNAPSHOT; of a mount that is taken over, its own")
+    parser.add_argument("--subpath", default="")
+    parser.add_argument("--endpoint", default="")
+    parser.add_argument("--allow-other", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--take-over", action="store_true", help="of the supervisor that is there, then upgrade")
+    parser.add_argument(
+        "--background", action="store_true", help="log to a file; stdout and stderr only until it answers"
+    )
+    parser.add_argument("--announce", choices=["ready", "json", "text"], default="ready")
+    parser.add_argument("--daemon-module", default=DAEMON)
+    raw = parser.parse_args(argv)
+    journal = Journal()
+    try:
+        options = Options(**vars(raw) | {"mountpoint": rundir.canonical(raw.mountpoint)})
+        if not options.dataset and not options.take_over:
+            parser.error("--dataset is missing")
+        _let_go()
+        if options.background:
+            journal.to_file(options.mountpoint)
+        found = arrival.prepare(options, journal)
+    except ShoalError as error:
+        journal.fail(str(error))
+        raise SystemExit(1) from None
+    _OOM_SCORE_ADJ_BEFORE = _spare_me()
+    supervisor = Supervisor(found, journal)
+    if found.event is None:
+        raise SystemExit(supervisor.run(supervisor.mount()))
+    is_upgrade = options.take_over and found.event.has_daemon
+    raise SystemExit(supervisor.run(found.event, *([states.UpgradeAsked()] if is_upgrade else [])))
+
+
+if __name__ == "__main__":
+    main()
