@@ -17,8 +17,8 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 import click
 
 from shoal.errors import InvalidRequest, ShoalError
-from shoal_csi.identity import DRIVER_NAME
 from shoal_csi.driver import Config, Driver, socket_path
+from shoal_csi.identity import DRIVER_NAME
 
 log = logging.getLogger("shoal_csi")
 

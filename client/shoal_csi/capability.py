@@ -86,6 +86,12 @@ def mount_flags(capability: pb.VolumeCapability) -> int:
     return flags
 
 
+def is_as_wanted(options: Iterable[str], flags: int) -> bool:
+    """Whether a mount with these options serves who asked for `flags`. One that keeps fewer times does."""
+    has = flags_of(options)
+    return has & flags == flags and has & os.ST_NOEXEC == flags & os.ST_NOEXEC
+
+
 def flags_of(options: Iterable[str]) -> int:
     """The flags of a mount whose options the kernel's table names."""
     flags = ALWAYS

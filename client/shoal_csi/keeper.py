@@ -62,26 +62,39 @@ class Keeper:
             self._is_first_round = False
 
     def _look_at_all(self) -> None:
+        are_well = True
         for name in self._shared.names():
             try:
                 with self._shared.lock(name):
                     for mount in self._shared.all(MountTable.now()):
                         if mount.name == name:
-                            self._look_after(mount)
+                            are_well &= self._look_after(mount)
                     self._shared.tidy(name)
             except Busy:
                 pass  # a call is at work on it, and leaves it in order
             except ShoalError as error:
+                are_well = False
                 self._say(logging.ERROR, name, f"{name} cannot be looked after, trying again: {error}")
             except OSError as error:
+                are_well = False
                 self._say(logging.ERROR, name, f"{name} cannot be looked after, trying again: {error!r}")
+        if are_well:  # what is dead would be taken away by this, and its volumes with it
+            self._recover()
+
+    def _recover(self) -> None:
+        try:
+            for sentence in self._shared.recover():
+                log.warning("%s", sentence)
+        except (ShoalError, OSError) as error:
+            self._say(logging.ERROR, "supervisors", f"supervisors cannot be looked after, trying again: {error}")
 
     def _rounds(self) -> None:
         self.round()
         while not self._stopping.wait(self._every_s):
             self.round()
 
-    def _look_after(self, shared: SharedMount) -> None:
+    def _look_after(self, shared: SharedMount) -> bool:
+        """Whether no volume has lost its mount, now."""
         state = self._shared.state(shared)
         users = self._shared.users(shared, MountTable.now())
         place = shared.mountpoint
@@ -90,12 +103,13 @@ class Keeper:
         elif state is State.DEAD and users:
             fresh = self._shared.ensure(shared.dataset, shared.snapshot)
             bound = [user for user in users if self._bind_again(user, fresh)]
-            if self._shared.release(shared):
-                self._say(
-                    logging.WARNING,
-                    place,
-                    f"{place} had lost its server: mounted anew at {fresh.mountpoint}, bound again: {_volumes(bound)}",
-                )
+            if not self._shared.release(shared):
+                return False
+            self._say(
+                logging.WARNING,
+                place,
+                f"{place} had lost its server: mounted anew at {fresh.mountpoint}, bound again: {_volumes(bound)}",
+            )
         elif users:
             if self._is_first_round:
                 self._say(logging.INFO, place, f"taken over {place}, which answers, for {_volumes(users)}")
@@ -103,6 +117,7 @@ class Keeper:
                 log.info("%s answers again", place)
         elif self._shared.release(shared):
             self._say(logging.INFO, place, f"detached {place}, which {state.value}: no volume uses it")
+        return True
 
     def _bind_again(self, user: Mount, fresh: SharedMount) -> bool:
         target = user.mountpoint

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Protocol
 
+from shoal_csi import mounts
 from shoal_csi.answering import Prober, State
 from shoal_csi.refusals import MountFailed
 
@@ -32,6 +33,9 @@ class Mounts(Protocol):
 
     def is_answering(self, mountpoint: str) -> bool:
         """Whether the mount answers now, found out in bounded time."""
+
+    def recover(self) -> list[str]:
+        """Put in order what lost only its supervisor; a sentence for each. Raises ShoalError."""
 
 
 class CommandMounts:
@@ -55,6 +59,9 @@ class CommandMounts:
 
     def is_answering(self, mountpoint: str) -> bool:
         return self._prober.probe(mountpoint).state is State.ALIVE
+
+    def recover(self) -> list[str]:
+        return [f"{each['mountpoint']}: {each['how']}" for each in mounts.recover()]
 
     def _run(self, words: Sequence[str], timeout_s: float) -> None:
         line = " ".join(["shoal", *words])

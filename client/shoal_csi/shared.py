@@ -82,6 +82,10 @@ class SharedMounts:
     def state(self, shared: SharedMount) -> State:
         return self._prober.probe(shared.mountpoint).state
 
+    def recover(self) -> list[str]:
+        """See `shoal_csi.mounting.Mounts`. Not while a mount that volumes use is dead: it would be taken away."""
+        return self._mounts.recover()
+
     def ensure(self, dataset: str, snapshot: str) -> SharedMount:
         """One that answers: the one that is there, or a new one. Hold its lock.
 

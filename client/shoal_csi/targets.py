@@ -66,7 +66,7 @@ def settle(seen: Mount, shared: SharedMount | None, volume: Volume, flags: int) 
             if "ro" not in seen.options:  # bound, and not yet restricted
                 bind.restrict(seen.mountpoint, flags)
                 return
-            if capability.flags_of(seen.options) == flags:
+            if capability.is_as_wanted(seen.options, flags):
                 return
             found += " with other mount options"
     raise AlreadyExists(f"{found} is at {seen.mountpoint} already: unpublish that first")

@@ -5,21 +5,24 @@ What mounts a dataset is a stand-in here except where a test says otherwise: wha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from shoal.cli.control import Control
 from shoal.devcluster import DevCluster
-from shoal_csi import bind, capability
+from shoal_csi import bind, capability, mounts
 from shoal_csi import csi_pb2 as pb
 from tests.support import csi
 from tests.support.csi import Driver, Mode, Place, again, code_of, driver, files_in
@@ -583,6 +586,98 @@ def test_a_silent_mount_is_left_alone_and_hangs_nobody(place: Place, shoal: DevC
             again(lambda: running.unpublish(target))
             assert not Path(target).exists()
             running.kill()
+
+
+# Over real mounts.
+
+
+@pytest.fixture
+def real(place: Place, shoal: DevCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Driver]]:
+    """Starts drivers that run `shoal mount`."""
+    monkeypatch.setenv("SHOAL_RUN_DIR", str(place.path / "run"))
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(driver(place, shoal.environment(), "--probe-timeout", "5"))
+
+
+def _served(place: Place) -> list[dict[str, Any]]:
+    """What processes serve of it; others on this machine may have mounts too."""
+    return [each for each in mounts.listed() if each["mountpoint"].startswith(str(place.path))]
+
+
+def test_a_dataset_of_the_cluster_in_a_pod(place: Place, real: Callable[[], Driver], origin: Path) -> None:
+    running = real()
+    target, folder = place.target("a"), place.target("b")
+    running.publish(target, {"dataset": "one"})
+    running.publish(folder, {"dataset": "one", "subpath": "train"})
+    assert files_in(target) == files_in(str(origin)) == FILES
+    assert files_in(folder).keys() == {"0.bin", "1.bin"}
+    done = subprocess.run(["cat", f"{folder}/1.bin"], user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True)
+    assert done.stdout == FILES["train/1.bin"]
+    with pytest.raises(OSError, match="Read-only file system"):
+        (Path(target) / "new").write_bytes(b"")
+    usage = {each.unit: each for each in running.stats(target).usage}
+    assert usage[pb.VolumeUsage.BYTES].total >= sum(map(len, FILES.values()))
+    for each in (target, folder):
+        running.unpublish(each)
+    assert _nothing_is_left(place)
+    assert _served(place) == []
+
+
+def test_files_stay_open_while_drivers_are_killed(place: Place, real: Callable[[], Driver]) -> None:
+    first = real()
+    first.publish(place.target("a"), {"dataset": "one", "subpath": "train"})
+    with Path(place.target("a"), "1.bin").open("rb") as file:
+        assert file.read(3) == b"one"
+        first.kill()
+        file.seek(0)
+        assert file.read() == FILES["train/1.bin"]
+        second = real()
+        second.publish(place.target("a"), {"dataset": "one", "subpath": "train"})
+        wait_for(lambda: "taken over" in place.log.read_text())
+        file.seek(0)
+        assert file.read() == FILES["train/1.bin"]
+    second.unpublish(place.target("a"))
+    assert _nothing_is_left(place)
+
+
+def test_a_volume_outlives_all_processes_of_its_mount(place: Place, real: Callable[[], Driver]) -> None:
+    """What the end of a node plugin's container does."""
+    first = real()
+    target = place.target("a")
+    first.publish(target, {"dataset": "one", "subpath": "train"})
+    first.kill()
+    (mounted,) = _served(place)
+    for pid in (mounted["supervisor_pid"], mounted["daemon_pid"]):
+        os.kill(pid, signal.SIGKILL)
+    second = real()
+    wait_for(lambda: "bound again: 1 volumes" in place.log.read_text())
+    assert files_in(target).keys() == {"0.bin", "1.bin"}
+    second.unpublish(target)
+    assert _nothing_is_left(place)
+    assert _served(place) == []
+
+
+def test_a_mount_without_a_supervisor_gets_one(place: Place, real: Callable[[], Driver]) -> None:
+    running = real()
+    target = place.target("a")
+    running.publish(target, {"dataset": "one"})
+    (mounted,) = _served(place)
+    os.kill(mounted["supervisor_pid"], signal.SIGKILL)
+    wait_for(lambda: _served(place)[0]["supervisor_pid"] not in (None, mounted["supervisor_pid"]))
+    assert files_in(target) == FILES
+    running.unpublish(target)
+    wait_for(lambda: _served(place) == [])
+
+
+def test_unpublished_while_a_file_is_open(place: Place, real: Callable[[], Driver]) -> None:
+    running = real()
+    target = place.target("a")
+    running.publish(target, {"dataset": "one"})
+    with Path(target, "train/1.bin").open("rb") as file:
+        running.unpublish(target)
+        assert _nothing_is_left(place)
+        assert file.read() == FILES["train/1.bin"]
+    wait_for(lambda: _served(place) == [])
 
 
 # The specification's own suite.

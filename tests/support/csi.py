@@ -60,7 +60,9 @@ class Place:
         while mounts := MountTable.now().under(str(self.path)):
             for mount in reversed(mounts):
                 subprocess.run(["umount", "-l", mount.mountpoint], check=False, capture_output=True)
-        shutil.rmtree(self.path)
+        # What served the mounts ends by itself, and takes its own files away meanwhile.
+        stop = tenacity.stop_after_delay(TIMEOUT_S)
+        tenacity.Retrying(wait=tenacity.wait_fixed(0.1), stop=stop, reraise=True)(shutil.rmtree, self.path)
 
     def target(self, name: str) -> str:
         return str(self.pods / name)
@@ -98,6 +100,7 @@ class Driver:
         command += ["--node-id", "node-1", "--look-after-every", "0.5", *args]
         roots = os.pathsep.join(str(ROOT / name) for name in ("client", "controller", "cachenode"))
         env = {**os.environ, **environment, "PYTHONPATH": roots, "STAND_IN": str(place.stand_in)}
+        env["SHOAL_RUN_DIR"] = str(place.path / "run")
         with place.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
         assert self.process.stdout is not None

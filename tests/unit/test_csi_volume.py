@@ -147,6 +147,9 @@ def test_mount_options_that_are_known_become_flags() -> None:
     assert capability.refusal(asked, Volume("d")) == ""
     assert capability.mount_flags(asked) & plain == plain == capability.flags_of(["ro", "nosuid", "nodev", "relatime"])
     assert capability.mount_flags(asked) == capability.flags_of(["ro", "nosuid", "nodev", "noexec", "noatime"]) != plain
+    assert capability.is_as_wanted(["ro", "nosuid", "nodev", "noatime"], plain)
+    assert not capability.is_as_wanted(["ro", "nosuid", "nodev", "noexec"], plain)
+    assert not capability.is_as_wanted(["ro", "nosuid", "nodev", "noexec"], capability.mount_flags(asked))
     assert "'rw'" in capability.refusal(can(Mode.MULTI_NODE_READER_ONLY, "rw"), Volume("d"))
 
 
