@@ -17,9 +17,10 @@ Mode = pb.VolumeCapability.AccessMode.Mode
 
 _READERS = (Mode.SINGLE_NODE_READER_ONLY, Mode.MULTI_NODE_READER_ONLY)
 
-#: Mount options that people may name, and what mount(2) knows them by. Every mount has the first three.
+#: What every mount has.
 ALWAYS = os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV
-_FLAGS = {
+#: Mount options that people may name, and what mount(2) knows them by.
+OPTIONS = {
     "ro": os.ST_RDONLY,
     "nosuid": os.ST_NOSUID,
     "nodev": os.ST_NODEV,
@@ -61,9 +62,9 @@ def refusal(capability: pb.VolumeCapability, volume: Volume | None, *, is_readon
             f"datasets are read-only and the access mode is {Mode.Name(mode)}: ask for ReadOnlyMany, or where that "
             "cannot be chosen add 'readOnly: true' to the pod's volume, or 'writers: read-only' to the attributes"
         )
-    unknown = next((flag for flag in capability.mount.mount_flags if flag not in _FLAGS), None)
+    unknown = next((flag for flag in capability.mount.mount_flags if flag not in OPTIONS), None)
     if unknown is not None:
-        return f"the mount option {unknown!r} is not one of {', '.join(_FLAGS)}"
+        return f"the mount option {unknown!r} is not one of {', '.join(OPTIONS)}"
     if capability.mount.volume_mount_group:
         return "a mount group cannot be set: everybody may read a dataset's files already"
     return ""
@@ -82,7 +83,7 @@ def mount_flags(capability: pb.VolumeCapability) -> int:
     """The flags of mount(2) for a capability that is not refused; they equal those that statvfs(3) reports."""
     flags = ALWAYS
     for flag in capability.mount.mount_flags:
-        flags |= _FLAGS[flag]
+        flags |= OPTIONS[flag]
     return flags
 
 
@@ -96,5 +97,5 @@ def flags_of(options: Iterable[str]) -> int:
     """The flags of a mount whose options the kernel's table names."""
     flags = ALWAYS
     for option in options:
-        flags |= _FLAGS.get(option, 0)
+        flags |= OPTIONS.get(option, 0)
     return flags

@@ -133,9 +133,11 @@ def _check_free(path: Path) -> None:
             other.connect(str(path))
     except FileNotFoundError:
         return
-    except OSError:
+    except ConnectionRefusedError:  # nobody listens
         path.unlink(missing_ok=True)
         return
+    except OSError:
+        pass  # somebody does, and is too busy to answer
     raise InvalidRequest(f"another driver serves at {path}: stop that, or name another --endpoint")
 
 

@@ -32,7 +32,7 @@ MAX_STRING_BYTES = 128
 #: What Kubernetes and its sidecars add to a volume's attributes by themselves.
 _FOREIGN = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
 
-_KEYS = ("dataset", "snapshot", "subpath", "writers")
+KEYS = ("dataset", "snapshot", "subpath", "writers")
 _WRITERS = ("refuse", "read-only")
 _DIGEST = re.compile(r"[0-9a-f]{4,32}")
 _ID = re.compile(r"shoal-v1\.(?P<dataset>.+)\.[0-9a-f]{32}")
@@ -76,9 +76,9 @@ def parse(attributes: Mapping[str, str]) -> Volume:
         InvalidRequest: the dataset is missing, a key is unknown, or a value cannot be one.
     """
     said = {key: value for key, value in attributes.items() if not key.startswith(_FOREIGN)}
-    if unknown := sorted(said.keys() - set(_KEYS)):
+    if unknown := sorted(said.keys() - set(KEYS)):
         raise InvalidRequest(
-            f"{unknown[0]!r} is no attribute of a Shoal volume: {', '.join(_KEYS)} are (in volumeAttributes, or in the "
+            f"{unknown[0]!r} is no attribute of a Shoal volume: {', '.join(KEYS)} are (in volumeAttributes, or in the "
             "parameters of the StorageClass)"
         )
     if not said.get("dataset"):

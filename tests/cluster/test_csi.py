@@ -640,6 +640,24 @@ def test_files_stay_open_while_drivers_are_killed(place: Place, real: Callable[[
     assert _nothing_is_left(place)
 
 
+def test_killed_while_a_dataset_is_being_mounted(place: Place, real: Callable[[], Driver]) -> None:
+    """The command goes on without its driver. Whichever of the two mounts is used in the end, no other is left."""
+    first, target = real(), place.target("a")
+    request = pb.NodePublishVolumeRequest(
+        volume_id="v", target_path=target, volume_capability=csi.capability(), volume_context={"dataset": "one"}
+    )
+    call = first.node.NodePublishVolume.future(request)
+    wait_for(lambda: list((place.state / "mounts").glob("one@*/1")) != [])
+    first.kill()
+    call.exception()
+    second = real()
+    again(lambda: second.publish(target, {"dataset": "one"}))
+    assert files_in(target) == FILES
+    wait_for(lambda: len(place.mounted()) == 1)
+    again(lambda: second.unpublish(target))
+    wait_for(lambda: _nothing_is_left(place) and _served(place) == [])
+
+
 def test_a_volume_outlives_all_processes_of_its_mount(place: Place, real: Callable[[], Driver]) -> None:
     """What the end of a node plugin's container does."""
     first = real()
@@ -683,17 +701,17 @@ def test_unpublished_while_a_file_is_open(place: Place, real: Callable[[], Drive
 # The specification's own suite.
 
 
-def test_csi_sanity(place: Place, shoal: DevCluster) -> None:
+def test_csi_sanity(place: Place, real: Callable[[], Driver]) -> None:
     """All that a read-only driver declares. docs/csi.md names what the suite leaves out, and why."""
     binary = os.environ.get("CSI_SANITY")
     if not binary:
         pytest.skip("CSI_SANITY does not name the csi-sanity binary")
     parameters = place.path / "parameters.yaml"
     parameters.write_text(json.dumps({"dataset": "one", "writers": "read-only"}))
-    with driver(place, shoal.environment()) as running:
-        command = [binary, f"--csi.endpoint={running.socket}", f"--csi.testvolumeparameters={parameters}"]
-        command += [f"--csi.mountdir={place.pods}/sanity", f"--csi.stagingdir={place.path}/staging"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    command = [binary, f"--csi.endpoint={real().socket}", f"--csi.testvolumeparameters={parameters}", "--ginkgo.v"]
+    command += [f"--csi.mountdir={place.pods}/sanity", f"--csi.stagingdir={place.path}/staging"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    print(done.stdout)
     assert done.returncode == 0, done.stdout
     assert _nothing_is_left(place)
 
