@@ -36,6 +36,8 @@ class Options:
     take_over: bool
     background: bool
     announce: str
+    watch: float
+    refuse_after: int
     daemon_module: str
 
 

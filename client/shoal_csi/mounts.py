@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import os
 import subprocess
 import sys
 import time
@@ -194,6 +193,7 @@ def _json(record: Record, *, is_mounted: bool, has_supervisor: bool) -> dict[str
         "state": supervised if has_supervisor else unsupervised,
         "since": record.since,
         "restarts": record.restarts,
+        "failures": record.failures,
         "reason": record.reason or None,
         "supervisor_pid": record.supervisor_pid if has_supervisor else None,
         "daemon_pid": record.daemon.pid if has_daemon and record.daemon else None,
@@ -211,6 +211,7 @@ def _stranger(mount: kernel.Mount) -> dict[str, Any]:
         "state": "unknown",
         "since": None,
         "restarts": None,
+        "failures": None,
         "reason": f"it is not in {rundir.root()}: mounted under another run directory, or as another user",
         "supervisor_pid": None,
         "daemon_pid": None,

@@ -43,7 +43,9 @@ DAEMON = "shoal_csi.daemon"
 #: The kernel's out-of-memory killer takes us after nearly everything else; the daemon is as good a choice as any.
 OOM_SCORE_ADJ = -900
 #: Between two requests through the mount; the second one comes early, because it says that the daemon is well.
-PROBE_EVERY_S, SECOND_PROBE_S = 10.0, 2.0
+WATCH_S, SECOND_PROBE_S = 10.0, 0.5
+#: Of these without an answer, the daemon hangs.
+PATIENCE = 3
 
 
 class Supervisor:
@@ -56,7 +58,8 @@ class Supervisor:
     def __init__(self, found: Found, journal: Journal) -> None:
         self._options, self._claim, self._held, self._notes = found.options, found.claim, found.held, found.notes
         self._journal = journal
-        self._state = State()
+        patience_s = PATIENCE * found.options.watch
+        self._state = State(patience_s=patience_s, usual_patience_s=patience_s, refuse_after=found.options.refuse_after)
         self._since = time.time()
         self._device = "" if found.record is None else found.record.device
         has_daemon = found.record is not None and self._held.ready_fd is not None
@@ -272,7 +275,9 @@ class Supervisor:
         outcome = self._probe.outcome()
         self._drop_probe()
         is_early = self._state.probes == 0 or outcome is not Outcome.ANSWERED
-        self._probe_at = time.monotonic() + (SECOND_PROBE_S if is_early else PROBE_EVERY_S)
+        self._probe_at = time.monotonic() + (
+            min(SECOND_PROBE_S, self._options.watch) if is_early else self._options.watch
+        )
         if outcome is Outcome.ANSWERED:
             self._happened(states.ProbeAnswered())
 
@@ -357,6 +362,7 @@ class Supervisor:
             daemon=self._daemon,
             state=str(state.phase),
             restarts=state.restarts,
+            failures=state.failures,
             reason=state.reason,
             is_established=state.is_established,
             since=self._since,
@@ -419,6 +425,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "--background", action="store_true", help="log to a file; stdout and stderr only until it answers"
     )
     parser.add_argument("--announce", choices=["ready", "json", "text"], default="ready")
+    parser.add_argument("--watch", type=float, default=WATCH_S, help="seconds between two requests through the mount")
+    refuse_help = "daemons that may fail in a row until requests fail, too; 0: they wait for good"
+    parser.add_argument("--refuse-after", type=int, default=states.FAILURES_TO_REFUSE, help=refuse_help)
     parser.add_argument("--daemon-module", default=DAEMON)
     raw = parser.parse_args(argv)
     journal = Journal()
