@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from shoal.devcluster import DevCluster
 from shoal_csi import kernel
 from tests.cluster.conftest import S3Dataset
 from tests.support.mounting import STAND_IN, Place, wants_fuse
+from tests.support.processes import is_stopped
 from tests.support.waiting import wait_for
 
 pytestmark = wants_fuse
@@ -48,9 +51,14 @@ def sentence(place: Place, *words: str) -> str:
     """What one says that fails: one line, and nothing is mounted or runs for it."""
     done = place.run("shoal.cli", *words)
     assert (done.returncode, done.stdout) == (1, ""), done
-    (last,) = done.stderr.splitlines()
-    assert last.startswith("error: ") and "Traceback" not in last
+    assert "Traceback" not in done.stderr
+    (last,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     return last
+
+
+def listed_by(place: Place) -> list[dict[str, Any]]:
+    """What `shoal mount` lists of this place; the machine may have other mounts."""
+    return [each for each in json.loads(said(place, "mount", "--json")) if each["mountpoint"] == place.mountpoint]
 
 
 def tree(place: Place) -> dict[str, bytes]:
@@ -66,19 +74,19 @@ def test_mount_list_and_umount(place: Place, dataset: S3Dataset) -> None:
     assert (done.returncode, done.stdout.split()[1:]) == (0, ["is", "mounted", "at", place.mountpoint]), done
     assert str(place.run_dir) in done.stderr  # where the log is
     assert tree(place) == OBJECTS
-    (listed,) = json.loads(said(place, "mount", "--json"))
+    (listed,) = listed_by(place)
     assert (listed["dataset"], listed["state"], listed["restarts"]) == (dataset.name, "serving", 0)
     assert done.stdout.startswith(f"shoal://{dataset.name}@{listed['snapshot']}")
-    row = said(place, "mount").splitlines()[1].split()
+    (row,) = (line.split() for line in said(place, "mount").splitlines() if place.mountpoint in line)
     assert row == [place.mountpoint, dataset.name, listed["snapshot"][:8], "-", "serving", "0"]
     assert said(place, "umount", place.mountpoint) == f"{place.mountpoint}: unmounted\n"
     assert not place.is_mounted() and place.processes() == []
-    assert json.loads(said(place, "mount", "--json")) == []
+    assert listed_by(place) == []
 
 
 def test_snapshot_subpath_and_json(place: Place, cluster: DevCluster, dataset: S3Dataset) -> None:
     said(place, "mount", dataset.name, place.mountpoint)
-    digest = json.loads(said(place, "mount", "--json"))[0]["snapshot"]
+    digest = listed_by(place)[0]["snapshot"]
     said(place, "umount", place.mountpoint)
     dataset.put({"train/2.bin": b"two"})
     dataset.refresh(cluster)
@@ -190,14 +198,15 @@ def test_no_place_for_a_mount(place: Place, dataset: S3Dataset) -> None:
 
 
 def test_where_mounting_is_not_allowed(place: Place, dataset: S3Dataset) -> None:
-    """In a user namespace that is root in name only, and without the device."""
+    """Without the device, and without the capability."""
     private = place.directory / "dev"
     private.mkdir()
+    os.mknod(private / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     command = (
         f"mount --bind {private} /dev && exec {sys.executable} -m shoal.cli mount {dataset.name} {place.mountpoint}"
     )
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", f"{command} </proc/self/mounts"],
+        ["unshare", "--mount", "sh", "-c", command],
         env=place.environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1 and done.stderr.startswith("error: /dev/fuse is missing"), done.stderr
@@ -219,16 +228,12 @@ def test_umount_of_what_is_not_ours(place: Place) -> None:
 def test_umount_of_one_that_hangs(place: Place) -> None:
     """Nobody answers, nobody supervises, and somebody waits in it."""
     place.mount(module=STAND_IN).kill()
-    place.kill_daemon(number=signal.SIGSTOP)
+    (place.steps / "stop-read").touch()
     with subprocess.Popen(["cat", f"{place.mountpoint}/f0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as waiting:
-        wait_for(lambda: _is_in(waiting.pid, place))
+        wait_for(lambda: is_stopped(place.daemon_pid))  # with the request in its hands
         assert "cut off, because it did not answer" in said(place, "umount", place.mountpoint)
         assert waiting.wait(20) == 1
     assert not place.is_mounted() and place.processes() == []
-
-
-def _is_in(pid: int, place: Place) -> bool:
-    return Path(f"/proc/{pid}/comm").read_text() == "cat\n" and "fuse" in Path(f"/proc/{pid}/wchan").read_text()
 
 
 def test_umount_of_one_that_another_run_directory_has(place: Place) -> None:
