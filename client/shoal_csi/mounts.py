@@ -171,6 +171,7 @@ def _wait_until_gone(directory: Path, record: Record | None) -> None:
     if not rundir.has_supervisor(directory):
         _wait_while(lambda: daemon.is_running, ORPHAN_WITHIN_S)
         places.kill_orphan(record)
+        _wait_while(lambda: daemon.is_running, ORPHAN_WITHIN_S)
         rundir.forget(directory)
 
 

@@ -1,7 +1,7 @@
 """A mount's daemon killed with -9, upgraded, stopped, and its supervisor killed, under eight readers.
 
-They compare every byte. No read fails, none gives a wrong byte; the longest one is reported. What is read comes from the daemon or, where the
-kernel reads sealed files by itself, from a descriptor that the daemon gave it.
+They compare every byte. No read fails, none gives a wrong byte; the longest one is reported. What is read comes from
+the daemon or, where the kernel reads sealed files by itself, from a descriptor that the daemon gave it.
 """
 
 from __future__ import annotations

@@ -170,6 +170,41 @@ def test_upgrade_in_place(place: Place) -> None:
     assert place.wait_for_state("serving").restarts == 0
 
 
+def test_upgrade_to_a_daemon_that_does_not_load_leaves_the_old_one(place: Place) -> None:
+    """A broken installation is found out before anything is ended for it."""
+    supervisor = place.mount()
+    before = place.daemon_pid
+    wait_for(lambda: len(place.processes()) == 3)
+    (place.steps / "broken").touch()
+    supervisor.send_signal(signal.SIGHUP)
+    wait_for(lambda: "the daemon that serves is not replaced" in place.log())
+    assert place.daemon_pid == before and read(place) == FIRST
+
+
+def test_a_spare_daemon_waits_while_another_one_serves_and_ends_with_the_supervisor(place: Place) -> None:
+    supervisor = place.mount()
+    wait_for(lambda: len(place.processes()) == 3)
+    (waiting,) = {*place.processes()} - {supervisor.pid, place.daemon_pid}
+    place.kill_daemon()
+    assert read(place) == FIRST and place.daemon_pid == waiting
+    wait_for(lambda: len(place.processes()) == 3)
+    (waiting,) = {*place.processes()} - {supervisor.pid, place.daemon_pid}
+    os.kill(waiting, signal.SIGKILL)  # which is nothing to the mount
+    place.wait_for_state("serving", restarts=1)
+    assert read(place) == FIRST
+    supervisor.kill()
+    wait_for(lambda: place.processes() == [place.daemon_pid])
+
+
+def test_without_a_spare(place: Place) -> None:
+    supervisor = place.mount("--no-spare")
+    before = place.daemon_pid
+    wait_for(lambda: place.record.failures == 0)
+    assert {*place.processes()} == {supervisor.pid, before}
+    place.kill_daemon()
+    assert read(place) == FIRST and place.daemon_pid != before
+
+
 def test_daemon_killed_while_it_is_being_replaced(place: Place) -> None:
     supervisor = place.mount()
     before = place.daemon_pid
@@ -249,10 +284,12 @@ def _daemon_of(place: Place, supervisor_pid: int) -> int:
 
 
 def test_connection_cut_by_somebody(place: Place) -> None:
+    """Where that leaves a dead mount, it is taken away."""
     supervisor = place.mount()
-    kernel.unmount(place.mountpoint, lazy=True, force=True)
-    assert supervisor.wait(20) == 0
-    assert place.processes() == []
+    with opened(place, 1), pytest.raises(OSError, match=os.strerror(errno.EBUSY)):
+        kernel.unmount(place.mountpoint, lazy=False, force=True)
+    assert supervisor.wait(20) == 1
+    assert not place.is_mounted() and place.processes() == []
 
 
 def test_unmount_says_who_is_in_the_way_and_lazily_lets_them_be(place: Place) -> None:
@@ -361,4 +398,4 @@ def test_another_dataset_at_the_place_of_a_mount_without_supervisor(place: Place
         said = place.ready(place.supervise("--dataset", "other@5678"))
         assert "that no supervisor kept" in said["notes"][0] and said["dataset"] == "other@5678"
         assert os.pread(fd, fuse_stand_in.SIZE, 0) == fuse_stand_in.content(1)
-    wait_for(lambda: len(place.processes()) == 2)
+    wait_for(lambda: len(place.processes()) == 3)  # with its spare
