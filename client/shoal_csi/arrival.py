@@ -36,6 +36,9 @@ class Options:
     take_over: bool
     background: bool
     announce: str
+    spare: bool
+    watch: float
+    refuse_after: int
     daemon_module: str
 
 

@@ -171,6 +171,7 @@ def _wait_until_gone(directory: Path, record: Record | None) -> None:
     if not rundir.has_supervisor(directory):
         _wait_while(lambda: daemon.is_running, ORPHAN_WITHIN_S)
         places.kill_orphan(record)
+        _wait_while(lambda: daemon.is_running, ORPHAN_WITHIN_S)
         rundir.forget(directory)
 
 
@@ -193,6 +194,7 @@ def _json(record: Record, *, is_mounted: bool, has_supervisor: bool) -> dict[str
         "state": supervised if has_supervisor else unsupervised,
         "since": record.since,
         "restarts": record.restarts,
+        "failures": record.failures,
         "reason": record.reason or None,
         "supervisor_pid": record.supervisor_pid if has_supervisor else None,
         "daemon_pid": record.daemon.pid if has_daemon and record.daemon else None,
@@ -210,6 +212,7 @@ def _stranger(mount: kernel.Mount) -> dict[str, Any]:
         "state": "unknown",
         "since": None,
         "restarts": None,
+        "failures": None,
         "reason": f"it is not in {rundir.root()}: mounted under another run directory, or as another user",
         "supervisor_pid": None,
         "daemon_pid": None,

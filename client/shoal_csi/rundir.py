@@ -64,6 +64,7 @@ class Record:
         endpoint: of the cluster; "" for the local node.
         device: ``major:minor`` of the file system; names the connection.
         state: phase of `shoal_csi.states`.
+        restarts: daemons that ended unasked; `failures`: the last so many of them were never well.
         reason: why a daemon ended last; "" where none did.
         since: seconds since the epoch, of this state.
         log: file that the processes write to; "" where that is no file.
@@ -80,6 +81,7 @@ class Record:
     daemon: Daemon | None
     state: str
     restarts: int
+    failures: int
     reason: str
     is_established: bool
     since: float

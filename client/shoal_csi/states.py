@@ -56,8 +56,9 @@ FINISH_S = 60.0
 DRAIN_S = 10.0
 #: A daemon whose connection has ended has nothing to do but to notice.
 CLOSE_S = 5.0
-#: Of the first request that finds no answer, until the daemon is taken for one that hangs; doubled each time.
-PATIENCE_S, MOST_PATIENCE_S = 30.0, 480.0
+#: With a request that finds no answer, until the daemon is taken for one that hangs; doubled each time, up to 16 times.
+PATIENCE_S = 30.0
+_MOST_PATIENCE = 16
 #: Before a new daemon: the first one at once, for most ends have nothing to do with how often they come.
 FIRST_DELAY_S, MOST_DELAY_S = 0.1, 10.0
 #: So many daemons in a row that did not come to serve: requests fail until one does, so that nothing waits for good.
@@ -217,7 +218,8 @@ class State:
         failures: daemons in a row that ended without having been well.
         restarts: daemons that ended unasked, since the mount is there.
         probes: answered since the daemon began.
-        patience_s: with a request before the daemon is taken for one that hangs.
+        patience_s: with a request before the daemon is taken for one that hangs; `usual_patience_s`: at first.
+        refuse_after: so many `failures` until requests fail; 0: they wait for good.
         is_established: the mount once answered, so people may have files open in it.
         is_announced: whoever started the supervisor was told that the mount answers.
         reason: why there is no daemon, or was none last; "" where that never was.
@@ -232,6 +234,8 @@ class State:
     restarts: int = 0
     probes: int = 0
     patience_s: float = PATIENCE_S
+    usual_patience_s: float = PATIENCE_S
+    refuse_after: int = FAILURES_TO_REFUSE
     is_established: bool = False
     is_announced: bool = False
     reason: str = ""
@@ -246,7 +250,8 @@ class State:
     @property
     def refuses_requests(self) -> bool:
         """Whether requests should fail now: no daemon has come up for so long that waiting looks hopeless."""
-        return self.phase is Phase.WAITING and self.is_established and self.failures >= FAILURES_TO_REFUSE
+        is_hopeless = 0 < self.refuse_after <= self.failures
+        return self.phase is Phase.WAITING and self.is_established and is_hopeless
 
 
 Step = tuple[State, tuple[Action, ...]]
@@ -323,7 +328,7 @@ def _with_daemon(state: State, event: Event) -> Step:
         case ProbeAnswered():
             probes = state.probes + 1
             failures = 0 if probes > 1 else state.failures
-            patience_s = PATIENCE_S if probes > 1 else state.patience_s
+            patience_s = state.usual_patience_s if probes > 1 else state.patience_s
             after = replace(
                 state,
                 phase=Phase.SERVING,
@@ -336,8 +341,8 @@ def _with_daemon(state: State, event: Event) -> Step:
             )
             return after, () if state.is_announced else (Announce(),)
         case ProbeOverdue() if state.phase is Phase.SERVING:
-            patience_s = min(MOST_PATIENCE_S, 2 * state.patience_s)
-            sentence = f"it answered no request for {state.patience_s:.0f} s"
+            patience_s = min(_MOST_PATIENCE * state.usual_patience_s, 2 * state.patience_s)
+            sentence = f"it answered no request for {state.patience_s:g} s"
             return _killing(replace(state, patience_s=patience_s), sentence)
         case TimerPassed() if state.phase is Phase.STARTING:
             return _killing(state, f"it was not ready within {START_S:.0f} s")

@@ -23,8 +23,6 @@ import json
 import os
 import select
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,18 +30,22 @@ from pathlib import Path
 from typing import NoReturn
 
 from shoal.errors import ShoalError
-from shoal_csi import arrival, handover, kernel, places, refusing, rundir, states
+from shoal_csi import arrival, daemons, handover, kernel, places, refusing, rundir, states
 from shoal_csi.arrival import Found, Options
+from shoal_csi.daemons import DaemonProcess
+from shoal_csi.handover import Held
 from shoal_csi.journal import Journal
 from shoal_csi.probing import Outcome, Probe
-from shoal_csi.rundir import Daemon, Record
+from shoal_csi.rundir import Record
 from shoal_csi.states import Phase, State
 
 DAEMON = "shoal_csi.daemon"
 #: The kernel's out-of-memory killer takes us after nearly everything else; the daemon is as good a choice as any.
 OOM_SCORE_ADJ = -900
 #: Between two requests through the mount; the second one comes early, because it says that the daemon is well.
-PROBE_EVERY_S, SECOND_PROBE_S = 10.0, 2.0
+WATCH_S, SECOND_PROBE_S = 10.0, 0.5
+#: Of these without an answer, the daemon hangs.
+PATIENCE = 3
 
 
 class Supervisor:
@@ -54,16 +56,16 @@ class Supervisor:
     """
 
     def __init__(self, found: Found, journal: Journal) -> None:
-        self._options, self._claim, self._held, self._notes = found.options, found.claim, found.held, found.notes
+        self._options, self._claim, self._notes = found.options, found.claim, list(found.notes)
+        self._fuse_fd, self._state_fd = found.held.fuse_fd, found.held.state_fd
         self._journal = journal
-        self._state = State()
+        patience_s = PATIENCE * found.options.watch
+        self._state = State(patience_s=patience_s, usual_patience_s=patience_s, refuse_after=found.options.refuse_after)
         self._since = time.time()
         self._device = "" if found.record is None else found.record.device
-        has_daemon = found.record is not None and self._held.ready_fd is not None
-        self._daemon: Daemon | None = found.record.daemon if found.record is not None and has_daemon else None
-        self._process: subprocess.Popen[bytes] | None = None  # of a daemon that is a child of this process
-        self._pidfd = -1 if self._daemon is None else os.pidfd_open(self._daemon.pid)
-        self._heard = b""
+        self._daemon: DaemonProcess | None = None
+        self._spare: DaemonProcess | None = None
+        self._wants_upgrade = False  # as soon as the spare, which is new, is loaded
         self._log_start = journal.size()
         self._deadline: float | None = None
         self._probe: Probe | None = None
@@ -73,14 +75,19 @@ class Supervisor:
         self._poll = select.poll()
         self._wakeup = _signals()
         self._listener = handover.listen(self._claim.directory)
-        self._poll.register(self._held.fuse_fd, 0)  # POLLERR alone: the connection has ended
+        self._poll.register(self._fuse_fd, 0)  # POLLERR alone: the connection has ended
         self._poll.register(self._wakeup, select.POLLIN)
         self._poll.register(self._listener, select.POLLIN)
         self._mounts_fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
         self._poll.register(self._mounts_fd, select.POLLPRI)  # proc(5): something was mounted or unmounted
         self._is_aside = False
-        if self._daemon is not None:
-            self._watch_daemon()
+        if found.record is not None and found.record.daemon is not None and found.held.ready_fd is not None:
+            with contextlib.suppress(ProcessLookupError):  # it ended just now
+                self._daemon = self._watched(DaemonProcess.adopted(found.record.daemon, found.held.ready_fd))
+
+    @property
+    def has_daemon(self) -> bool:
+        return self._daemon is not None
 
     # The loop.
 
@@ -104,11 +111,23 @@ class Supervisor:
         if self._wakeup in ready:
             for number in os.read(self._wakeup, 64):
                 self._journal.say(f"{signal.Signals(number).name} in phase {self._state.phase}")
-                self._happened(states.UpgradeAsked() if number == signal.SIGHUP else states.StopAsked())
-        elif self._pidfd in ready:
-            self._bury()
-        elif self._held.ready_fd is not None and self._held.ready_fd in ready:
-            self._hear()
+                if number == signal.SIGHUP:
+                    self._upgrade()
+                else:
+                    self._happened(states.StopAsked())
+        elif self._daemon is not None and self._daemon.pidfd in ready:
+            self._bury_daemon()
+        elif self._spare is not None and self._spare.pidfd in ready:
+            self._bury_spare()
+        elif self._daemon is not None and self._daemon.ready_fd in ready:
+            self._hear(self._daemon)
+            if self._daemon.is_ready:
+                self._happened(states.DaemonReady())
+        elif self._spare is not None and self._spare.ready_fd in ready:
+            self._hear(self._spare)
+            if self._spare.is_loaded and self._wants_upgrade:
+                self._wants_upgrade = False
+                self._happened(states.UpgradeAsked())
         elif self._mounts_fd in ready:
             if not self._is_aside and not self._is_mounted():
                 self._is_aside = True
@@ -117,11 +136,11 @@ class Supervisor:
             self._end_probe()
         elif self._listener.fileno() in ready:
             self._hand_over()
-        elif ready.get(self._held.fuse_fd, 0) & select.POLLERR:
-            self._poll.unregister(self._held.fuse_fd)
+        elif ready.get(self._fuse_fd, 0) & select.POLLERR:
+            self._poll.unregister(self._fuse_fd)
             self._happened(states.ConnectionEnded(is_mounted=self._is_mounted()))
         elif self._state.refuses_requests:
-            refusing.refuse(self._held.fuse_fd)
+            refusing.refuse(self._fuse_fd)
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
@@ -166,9 +185,11 @@ class Supervisor:
             case states.StartDaemon():
                 self._start_daemon()
             case states.FinishDaemon():
-                self._signal_daemon(signal.SIGTERM)
+                if self._daemon is not None:
+                    self._daemon.signal(signal.SIGTERM)
             case states.KillDaemon():
-                self._signal_daemon(signal.SIGKILL)
+                if self._daemon is not None:
+                    self._daemon.signal(signal.SIGKILL)
             case states.Probe():
                 self._start_probe()
             case states.Announce():
@@ -177,88 +198,110 @@ class Supervisor:
                 self._unmount()
             case states.End():
                 self._drop_probe()
+                self._drop_spare()
                 self._end = action
 
-    # The daemon.
+    # The daemon, and the one that is loaded in case.
 
     def _start_daemon(self) -> None:
         self._journal.shorten()
         self._log_start = self._journal.size()
-        ready_fd, says_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        os.set_blocking(says_fd, True)
-        options = self._options
-        command = [sys.executable, "-m", options.daemon_module, "--fd", str(self._held.fuse_fd)]
-        command += ["--state-fd", str(self._held.state_fd), "--dataset", options.dataset]
-        command += ["--subpath", options.subpath] if options.subpath else []
-        command += ["--endpoint", options.endpoint] if options.endpoint else []
-        self._heard = b""
+        daemon, self._spare, self._wants_upgrade = self._spare, None, False
+        if daemon is not None and not daemon.go():
+            self._let_go_of(daemon)
+            daemon = None
         try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=says_fd,
-                # Its own end of the pipe, too: without a supervisor it must not fail at saying that it is ready.
-                pass_fds=(self._held.fuse_fd, self._held.state_fd, ready_fd),
-                process_group=0,  # Ctrl-C is for the supervisor
-            )
+            daemon = daemon or self._watched(self._spawn())
         except OSError as error:  # no memory, no processes: as if it had ended at once
-            os.close(ready_fd)
             self._happened(states.DaemonEnded(f"it could not be started: {error}"))
             return
-        finally:
-            os.close(says_fd)
-        pid = self._process.pid
-        self._pidfd = os.pidfd_open(pid)
-        self._held = replace(self._held, ready_fd=ready_fd)
-        self._daemon = Daemon(pid, rundir.started(pid), self._held.fuse_fd, self._held.state_fd, ready_fd)
-        with contextlib.suppress(OSError):  # it inherits ours
-            Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE_ADJ_BEFORE)
-        self._watch_daemon()
-        self._journal.say(f"daemon {pid} starts")
+        daemon.go()
+        self._daemon = daemon
+        self._journal.say(f"daemon {daemon.known.pid} starts")
 
-    def _watch_daemon(self) -> None:
-        self._poll.register(self._pidfd, select.POLLIN)
-        if self._held.ready_fd is not None:
-            self._poll.register(self._held.ready_fd, select.POLLIN)
+    def _spawn(self) -> DaemonProcess:
+        options = self._options
+        args = ["--dataset", options.dataset]
+        args += ["--subpath", options.subpath] if options.subpath else []
+        args += ["--endpoint", options.endpoint] if options.endpoint else []
+        return DaemonProcess.spawn(
+            options.daemon_module, args, self._fuse_fd, self._state_fd, oom_score_adj=_OOM_SCORE_ADJ_BEFORE
+        )
 
-    def _signal_daemon(self, number: signal.Signals) -> None:
-        if self._pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, number)
+    def _watched(self, daemon: DaemonProcess) -> DaemonProcess:
+        self._poll.register(daemon.pidfd, select.POLLIN)
+        self._poll.register(daemon.ready_fd, select.POLLIN)
+        return daemon
 
-    def _hear(self) -> None:
-        """Take in what the daemon says on stdout."""
-        assert self._held.ready_fd is not None
-        heard = os.read(self._held.ready_fd, 1 << 16)
-        if not heard:  # it closed its stdout, which it may
-            self._poll.unregister(self._held.ready_fd)
-        self._heard += heard
-        *lines, self._heard = self._heard.split(b"\n")
-        if any(line.startswith(b"ready") for line in lines):
-            self._happened(states.DaemonReady())
+    def _hear(self, daemon: DaemonProcess) -> None:
+        if not daemon.hear():  # it closed its stdout, which it may
+            self._poll.unregister(daemon.ready_fd)
 
-    def _bury(self) -> None:
-        """The daemon is gone: let go of what was its own, and say how it ended."""
-        assert self._daemon is not None and self._held.ready_fd is not None
-        code = None if self._process is None else self._process.wait()
-        for fd in (self._pidfd, self._held.ready_fd):
+    def _let_go_of(self, daemon: DaemonProcess) -> int | None:
+        for fd in (daemon.pidfd, daemon.ready_fd):
             with contextlib.suppress(KeyError):
                 self._poll.unregister(fd)
-            os.close(fd)
-        pid, self._pidfd, self._daemon, self._process = self._daemon.pid, -1, None, None
-        self._held = replace(self._held, ready_fd=None)
+        return daemon.bury()
+
+    def _bury_daemon(self) -> None:
+        """The daemon is gone: let go of what was its own, and say how it ended."""
+        assert self._daemon is not None
+        daemon, self._daemon = self._daemon, None
+        status = self._let_go_of(daemon)
         self._drop_probe()
-        if code is None:
-            sentence = "it ended, and its status was another process's to know"
-        else:
-            sentence = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        self._journal.say(f"daemon {pid} ended: {sentence}")
-        said = (
-            ""
-            if code is None or code <= 0
-            else self._journal.last_words(self._log_start) or f"it ended with {sentence}"
-        )
+        sentence = daemons.how(status)
+        self._journal.say(f"daemon {daemon.known.pid} ended: {sentence}")
+        is_said = status is not None and status > 0
+        said = (self._journal.last_words(self._log_start) or f"it ended with {sentence}") if is_said else ""
         self._happened(states.DaemonEnded(sentence, said))
+
+    def _upgrade(self) -> None:
+        """Load a new daemon, and put it in the old one's place once it is: one that does not load harms nobody."""
+        self._drop_spare()
+        if self._state.phase in (Phase.STARTING, Phase.SERVING):
+            self._wants_upgrade = self._load_spare()
+        else:
+            self._happened(states.UpgradeAsked())
+
+    def _load_spare(self) -> bool:
+        """Whether one loads now."""
+        try:
+            self._spare = self._watched(self._spawn())
+        except OSError as error:
+            self._journal.say(f"no daemon can be loaded: {error}")
+            return False
+        return True
+
+    def load_spare(self) -> bool:
+        """Wait until a spare is loaded; whether it is."""
+        start = self._journal.size()
+        if not self._load_spare():
+            return False
+        deadline = time.monotonic() + states.START_S
+        while self._spare is not None and not self._spare.is_loaded:
+            ready = dict(self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+            if self._spare.pidfd in ready or not ready:
+                self._bury_spare()
+                said = self._journal.last_words(start)
+                self._notes.append(f"the installed daemon does not load, and the one that serves stays: {said}")
+            elif self._spare.ready_fd in ready:
+                self._hear(self._spare)
+        return self._spare is not None
+
+    def _bury_spare(self) -> None:
+        """It ended before its turn."""
+        assert self._spare is not None
+        pid = self._spare.known.pid
+        self._drop_spare()
+        why = ", so the daemon that serves is not replaced" if self._wants_upgrade else ""
+        self._wants_upgrade = False
+        self._journal.say(f"spare daemon {pid} ended{why}")
+
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            self._spare.signal(signal.SIGKILL)
+            self._let_go_of(self._spare)
+            self._spare = None
 
     # Requests through the mount.
 
@@ -272,9 +315,14 @@ class Supervisor:
         outcome = self._probe.outcome()
         self._drop_probe()
         is_early = self._state.probes == 0 or outcome is not Outcome.ANSWERED
-        self._probe_at = time.monotonic() + (SECOND_PROBE_S if is_early else PROBE_EVERY_S)
+        self._probe_at = time.monotonic() + (
+            min(SECOND_PROBE_S, self._options.watch) if is_early else self._options.watch
+        )
         if outcome is Outcome.ANSWERED:
             self._happened(states.ProbeAnswered())
+            is_well = self._state.phase is Phase.SERVING and self._state.failures == 0 and self._state.probes > 1
+            if is_well and self._options.spare and self._spare is None:
+                self._load_spare()
 
     def _drop_probe(self) -> None:
         if self._probe is not None:
@@ -283,10 +331,10 @@ class Supervisor:
             self._probe = None
 
     def _refuse(self, is_on: bool) -> None:
-        self._poll.modify(self._held.fuse_fd, select.POLLIN if is_on else 0)
+        self._poll.modify(self._fuse_fd, select.POLLIN if is_on else 0)
         self._journal.say("requests fail until a daemon comes up" if is_on else "requests wait for the daemon")
         if is_on:
-            refusing.take_back(self._held.fuse_fd)
+            refusing.take_back(self._fuse_fd)
 
     # The mount.
 
@@ -311,9 +359,7 @@ class Supervisor:
         """Mount, and say what came of it."""
         options = self._options
         try:
-            kernel.mount(
-                self._held.fuse_fd, options.mountpoint, f"shoal:{options.dataset}", allow_other=options.allow_other
-            )
+            kernel.mount(self._fuse_fd, options.mountpoint, f"shoal:{options.dataset}", allow_other=options.allow_other)
         except OSError as error:
             return states.MountRefused(places.refusal(options.mountpoint, error))
         made = kernel.find(options.mountpoint)
@@ -354,9 +400,10 @@ class Supervisor:
             allow_other=options.allow_other,
             device=self._device,
             supervisor_pid=os.getpid(),
-            daemon=self._daemon,
+            daemon=None if self._daemon is None else self._daemon.known,
             state=str(state.phase),
             restarts=state.restarts,
+            failures=state.failures,
             reason=state.reason,
             is_established=state.is_established,
             since=self._since,
@@ -367,7 +414,8 @@ class Supervisor:
     def _hand_over(self) -> None:
         can = self._state.phase in (Phase.STARTING, Phase.SERVING, Phase.WAITING)
         refusal = "" if can else f"it is {self._state.phase}"
-        self._successor = handover.give(self._listener, self._record(), self._held, refusal=refusal)
+        held = Held(self._fuse_fd, self._state_fd, None if self._daemon is None else self._daemon.ready_fd)
+        self._successor = handover.give(self._listener, self._record(), held, refusal=refusal)
         if self._successor is not None:
             self._journal.say("a successor took over")
             self._happened(states.SuccessorTookOver())
@@ -419,6 +467,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "--background", action="store_true", help="log to a file; stdout and stderr only until it answers"
     )
     parser.add_argument("--announce", choices=["ready", "json", "text"], default="ready")
+    spare_help = "keep a loaded daemon for when the other one ends"
+    parser.add_argument("--spare", action=argparse.BooleanOptionalAction, default=True, help=spare_help)
+    parser.add_argument("--watch", type=float, default=WATCH_S, help="seconds between two requests through the mount")
+    refuse_help = "daemons that may fail in a row until requests fail, too; 0: they wait for good"
+    parser.add_argument("--refuse-after", type=int, default=states.FAILURES_TO_REFUSE, help=refuse_help)
     parser.add_argument("--daemon-module", default=DAEMON)
     raw = parser.parse_args(argv)
     journal = Journal()
@@ -437,8 +490,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     supervisor = Supervisor(found, journal)
     if found.event is None:
         raise SystemExit(supervisor.run(supervisor.mount()))
-    is_upgrade = options.take_over and found.event.has_daemon
-    raise SystemExit(supervisor.run(found.event, *([states.UpgradeAsked()] if is_upgrade else [])))
+    event = replace(found.event, has_daemon=supervisor.has_daemon)
+    is_upgrade = options.take_over and event.has_daemon and supervisor.load_spare()
+    raise SystemExit(supervisor.run(event, *([states.UpgradeAsked()] if is_upgrade else [])))
 
 
 if __name__ == "__main__":

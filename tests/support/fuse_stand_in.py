@@ -8,6 +8,7 @@ name: the file goes first, so that the next one does not end there.
     init       INIT is taken and not answered
     loaded     before it says that it is ready
     read       a READ is taken and not answered
+    broken     while it loads
     say        ends with ``error: `` and the file's content
 """
 
@@ -51,6 +52,10 @@ def step(name: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         (directory / f"stop-{name}").unlink()
         os.kill(os.getpid(), signal.SIGSTOP)
+
+
+if Path(os.environ.get("SHOAL_STAND_IN", "/nonexistent"), "broken").exists():
+    raise ImportError("broken")
 
 
 class Server:

@@ -49,6 +49,11 @@ Json = dict[str, Any]
 @click.option("--foreground", is_flag=True, help="Stay, with the log on stderr; Ctrl-C unmounts.")
 @click.option("--allow-other/--no-allow-other", default=True, help="Let users other than this one read.")
 @click.option("--upgrade", is_flag=True, help="Put new processes in the place of those that serve MOUNTPOINT.")
+@click.option(
+    "--spare/--no-spare",
+    default=True,
+    help="Keep a second process loaded, for a short wait when one ends.",
+)
 @click.option("--daemon-module", default="", hidden=True)
 @connect.endpoint_option
 @output.json_option
@@ -58,6 +63,7 @@ def mount(
     foreground: bool,
     allow_other: bool,
     upgrade: bool,
+    spare: bool,
     daemon_module: str,
     endpoint: str | None,
     as_json: bool,
@@ -73,6 +79,7 @@ def mount(
             "give MOUNTPOINT alone" if upgrade else "give NAME[@SNAPSHOT] and MOUNTPOINT, or nothing"
         )
     command = [sys.executable, "-m", "shoal_csi.supervisor", "--mountpoint", words[-1]]
+    command += [] if spare else ["--no-spare"]
     command += ["--daemon-module", daemon_module] if daemon_module else []
     command += ["--endpoint", endpoint] if endpoint else []
     if upgrade:
