@@ -1,7 +1,7 @@
 """The mounts of whole datasets that all volumes of a node share: one a dataset and snapshot, whoever uses it.
 
-    FOLDER/imagenet@3f9a…/1      the mount; the volumes are bind mounts of it or of its folders
-    FOLDER/imagenet@3f9a…/2      the one that takes its place where the first has lost its server
+    FOLDER/imagenet@3f9a…/5e11   the mount; the volumes are bind mounts of it or of its folders
+    FOLDER/imagenet@3f9a…/b0a7   the one that takes its place where the first has lost its server
 
 Which volumes use a mount is read off the kernel's table: they are the other mounts of its device. When the last one is
 gone the mount goes too.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from shoal_csi.refusals import NotAnswering
 
 log = logging.getLogger(__name__)
 
-_PLACE = re.compile(r"(?P<dataset>[^/@]+)@(?P<snapshot>[0-9a-f]{32})/(?P<number>[0-9]+)")
+_PLACE = re.compile(r"(?P<dataset>[^/@]+)@(?P<snapshot>[0-9a-f]{32})/[0-9a-f]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class SharedMounts:
         return self._locks.hold(f"the mount of {name}", wait_s=wait_s)
 
     def all(self, table: MountTable) -> list[SharedMount]:
-        """Those that are mounted, the oldest of a name first."""
+        """Those that are mounted."""
         return [shared for mount in table.under(str(self._folder)) if (shared := self._shared(mount)) is not None]
 
     def of(self, mount: Mount, table: MountTable) -> SharedMount | None:
@@ -134,9 +135,9 @@ class SharedMounts:
         """Remove the folders that nothing is mounted at. Hold the lock of `name`."""
         table = MountTable.now()
         folder = self._folder / name
-        for number in _names_in(folder):
-            if table.at(str(folder / number)) is None:
-                _remove(folder / number)
+        for each in _names_in(folder):
+            if table.at(str(folder / each)) is None:
+                _remove(folder / each)
         _remove(folder)
 
     def _clear(self, mountpoint: str) -> None:
@@ -152,9 +153,8 @@ class SharedMounts:
             _remove(Path(mountpoint).parent)
 
     def _new_place(self, name: str) -> Path:
-        folder = self._folder / name
-        number = 1 + max((int(each) for each in _names_in(folder) if each.isdecimal()), default=0)
-        place = folder / str(number)
+        # Never one that was used before: the command of a driver that was killed may mount there yet.
+        place = self._folder / name / secrets.token_hex(4)
         place.mkdir(mode=0o755, parents=True)
         return place
 
