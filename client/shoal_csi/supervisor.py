@@ -119,6 +119,7 @@ class Supervisor:
             self._bury_daemon()
         elif self._spare is not None and self._spare.pidfd in ready:
             self._bury_spare()
+            self._claim.write(self._record())
         elif self._daemon is not None and self._daemon.ready_fd in ready:
             self._hear(self._daemon)
             if self._daemon.is_ready:
@@ -128,6 +129,8 @@ class Supervisor:
             if self._spare.is_loaded and self._wants_upgrade:
                 self._wants_upgrade = False
                 self._happened(states.UpgradeAsked())
+            else:
+                self._claim.write(self._record())
         elif self._mounts_fd in ready:
             if not self._is_aside and not self._is_mounted():
                 self._is_aside = True
@@ -401,6 +404,7 @@ class Supervisor:
             device=self._device,
             supervisor_pid=os.getpid(),
             daemon=None if self._daemon is None else self._daemon.known,
+            spare_pid=self._spare.known.pid if self._spare is not None and self._spare.is_loaded else None,
             state=str(state.phase),
             restarts=state.restarts,
             failures=state.failures,

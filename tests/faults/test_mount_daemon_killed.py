@@ -46,13 +46,14 @@ class World:
         self.place.mount("--dataset", "set", *words, module=DAEMON)
 
     def wait_until_well(self, other_than: int) -> None:
-        """Wait until a daemon serves, has done so for a moment, and is not that one."""
+        """Wait until a daemon serves, has done so for a moment, is not that one, and has a spare."""
         wait_for(lambda: self._is_well(other_than), timeout_s=60)
 
     def _is_well(self, other_than: int) -> bool:
         record = self.place.record
         pid = None if record.daemon is None else record.daemon.pid
-        return (record.state, record.failures) == ("serving", 0) and pid not in (None, other_than)
+        is_well = (record.state, record.failures) == ("serving", 0) and record.spare_pid is not None
+        return is_well and pid not in (None, other_than)
 
 
 @pytest.fixture(params=["remote", "local"])

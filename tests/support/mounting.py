@@ -153,6 +153,12 @@ class Place:
     def kill_daemon(self, *, number: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.daemon_pid, number)
 
+    def wait_for_spare(self) -> int:
+        """Wait until a daemon is loaded and waits for its turn; its pid."""
+        wait_for(lambda: self.record.spare_pid is not None)
+        assert self.record.spare_pid is not None
+        return self.record.spare_pid
+
     def is_mounted(self) -> bool:
         return kernel.find(self.mountpoint) is not None
 
