@@ -3,10 +3,11 @@
     python -m shoal_csi.supervisor --mountpoint DIR --dataset NAME@SNAPSHOT [--subpath P] [--endpoint URL]
 
 Says ``ready {json}`` on stdout when the mount answers; before that, ends with ``error: …`` where it cannot. Signals:
-HUP puts a new daemon in the old one's place, TERM and INT unmount (a second one does not wait for open files). What
-happens when is `shoal_csi.states`; here it is done. Descriptors of the connection, of the memory in which daemons leave
-what their successors need, and of the pipe on which they say ready are in the daemon, too, so that the death of this
-process costs nothing: the daemon serves on, and the next supervisor takes them from there (`shoal_csi.handover`).
+HUP puts a new daemon in the old one's place, unless it comes from a terminal that is gone; TERM and INT unmount (a
+second one does not wait for open files). What happens when is `shoal_csi.states`; here it is done. Descriptors of the
+connection, of the memory in which daemons leave what their successors need, and of the pipe on which they say ready are
+in the daemon, too, so that the death of this process costs nothing: the daemon serves on, and the next supervisor takes
+them from there (`shoal_csi.handover`).
 
 It is small on purpose, and asks the kernel to look for memory elsewhere: what it holds is all that cannot be replaced.
 
@@ -111,7 +112,7 @@ class Supervisor:
         if self._wakeup in ready:
             for number in os.read(self._wakeup, 64):
                 self._journal.say(f"{signal.Signals(number).name} in phase {self._state.phase}")
-                if number == signal.SIGHUP:
+                if number == signal.SIGHUP and not os.isatty(2):  # where it is one, that is gone
                     self._upgrade()
                 else:
                     self._happened(states.StopAsked())

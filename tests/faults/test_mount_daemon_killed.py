@@ -126,6 +126,7 @@ def _assert_all_read_all(heard: list[Heard]) -> None:
 def _harm(world: World, name: str, harm: Callable[[], None], times: int) -> None:
     """`harm` the daemon again and again under readers, each time when its successor is well."""
     draw, at = random.Random(0), []
+    world.wait_until_well(0)
     with readers(world) as stop:
         for _ in range(times):
             time.sleep(draw.uniform(0.5, 1.0))
@@ -137,7 +138,8 @@ def _harm(world: World, name: str, harm: Callable[[], None], times: int) -> None
         heard = stop()
     _assert_all_read_all(heard)
     during = [within(heard, moment, moment + 1.0) for moment in at]
-    calm = [within(heard, moment - 0.5, moment - 0.001) for moment in at]
+    before_it = [(moment, within(heard, moment - 0.5, moment)) for moment in at]
+    calm = [[read for read in reads if read.began_s + read.seconds < moment] for moment, reads in before_it]
     everything = [read for each in heard for read in each.reads]
     report(
         f"mount-{name}",

@@ -20,7 +20,7 @@ import pytest
 
 from shoal_csi import kernel, rundir
 from tests.support import fuse_stand_in
-from tests.support.mounting import Place, wants_fuse
+from tests.support.mounting import STAND_IN, Place, wants_fuse
 from tests.support.processes import Child, Say, is_stopped, stopped
 from tests.support.waiting import wait_for
 
@@ -228,6 +228,21 @@ def test_newly_installed_supervisor_takes_over_from_the_one_that_is_there(place:
 
 
 # It is unmounted.
+
+
+def test_a_terminal_that_is_gone_ends_a_mount_in_its_foreground(place: Place) -> None:
+    master, terminal = os.openpty()
+    words = ["--mountpoint", place.mountpoint, "--dataset", "set@1234", "--daemon-module", STAND_IN]
+    command = [sys.executable, "-m", "shoal_csi.supervisor", *words]
+    with subprocess.Popen(
+        command, env=place.environment, stdout=subprocess.PIPE, stderr=terminal, text=True
+    ) as process:
+        place.ready(process)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(20) == 0
+    os.close(master)
+    os.close(terminal)
+    assert not place.is_mounted() and place.processes() == []
 
 
 def test_daemon_killed_while_files_are_open_after_the_unmount(place: Place) -> None:

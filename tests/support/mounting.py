@@ -107,9 +107,9 @@ class Place:
 
     def ready(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         """What a supervisor says when its mount answers; fails where it ends before."""
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
         line = process.stdout.readline()
-        assert line.startswith("ready "), (line, process.stderr.read(), self.log())
+        assert line.startswith("ready "), (line, process.stderr.read() if process.stderr else "", self.log())
         said: dict[str, Any] = json.loads(line.removeprefix("ready "))
         return said
 
