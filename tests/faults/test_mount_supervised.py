@@ -379,6 +379,20 @@ def test_unmount_without_a_supervisor(place: Place, how: str) -> None:
     assert not place.is_mounted() and place.processes() == [] and place.listed() == []
 
 
+def test_supervisor_killed_while_files_are_open_after_the_unmount(place: Place) -> None:
+    """The daemon serves them, and ends with the last one; what is left of the record is nobody's mount."""
+    supervisor = place.mount()
+    with opened(place, 1) as fd:
+        supervisor.terminate()
+        place.wait_for_state("stopping")
+        supervisor.kill()
+        assert os.pread(fd, fuse_stand_in.SIZE, 0) == fuse_stand_in.content(1)
+    wait_for(lambda: place.processes() == [])
+    assert place.listed() == []
+    assert place.run("shoal_csi.mounts", "recover").stdout == "[]\n"
+    assert [path.suffix for path in place.run_dir.iterdir()] == [".log"]
+
+
 def test_recovery_gives_every_mount_a_supervisor_or_takes_it_away(place: Place) -> None:
     place.mount().kill()
     daemon = place.daemon_pid
