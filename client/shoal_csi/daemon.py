@@ -23,6 +23,7 @@ from types import FrameType
 
 import click
 
+from shoal.cli.output import SizeType
 from shoal.datasets import parse_path
 from shoal.errors import ShoalError
 from shoal.filesystem import ShoalFileSystem
@@ -45,6 +46,7 @@ STOP_GRACE_S = 5.0
 @click.option("--socket", envvar="SHOAL_SOCKET", help="Of the node on this machine.")
 @click.option("--subpath", default="", help="The directory of the dataset that is the root.")
 @click.option("--timeout", type=float, default=TIMEOUT_S, help="Seconds that one read may take, second tries included.")
+@click.option("--window-bytes", type=SizeType(), default="64MiB", help="What may be held that was fetched ahead.")
 @click.option("--verbose", is_flag=True, help="Log also what is only of use to whoever looks for a fault.")
 def main(
     fd: int,
@@ -54,6 +56,7 @@ def main(
     socket: str | None,
     subpath: str,
     timeout: float,
+    window_bytes: int,
     verbose: bool,
 ) -> None:
     """Serve a mounted dataset until it is unmounted."""
@@ -70,7 +73,7 @@ def main(
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     # What is left undone here is handed out again to a successor, and nobody waits for threads that wait for nodes.
-    os._exit(run(fd, served, state))
+    os._exit(run(fd, served, state, window_bytes))
 
 
 def serve(state: State, fs: ShoalFileSystem, dataset: str, subpath: str) -> Served:
@@ -99,7 +102,7 @@ def serve(state: State, fs: ShoalFileSystem, dataset: str, subpath: str) -> Serv
     return Served(record, snapshot, tree, lambda row: fs.object_reader(record, snapshot, row))
 
 
-def run(fd: int, served: Served, state: State) -> int:
+def run(fd: int, served: Served, state: State, window_bytes: int) -> int:
     """Serve until the file system is unmounted or SIGTERM comes; the status to end with."""
     # A descriptor and not a `threading.Event`, whose lock a signal's handler might find held by its own thread.
     over, is_wanted = os.eventfd(0, os.EFD_CLOEXEC), False
@@ -109,7 +112,7 @@ def run(fd: int, served: Served, state: State) -> int:
         is_wanted = True
         os.eventfd_write(over, 1)
 
-    server = Server(fd, served, state, on_over=lambda: os.eventfd_write(over, 1))
+    server = Server(fd, served, state, on_over=lambda: os.eventfd_write(over, 1), window_bytes=window_bytes)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     server.start()

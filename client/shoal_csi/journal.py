@@ -54,8 +54,10 @@ class Journal:
             self._errors_fd = 2
 
     def say(self, text: str) -> None:
+        now = time.time()
+        when = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))},{int(now * 1000) % 1000:03}"
         with contextlib.suppress(OSError):
-            os.write(2, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._own}{text}\n".encode())
+            os.write(2, f"{when} {self._own}{text}\n".encode())
 
     def fail(self, sentence: str) -> None:
         """Say why this process ends."""

@@ -198,6 +198,7 @@ def _json(record: Record, *, is_mounted: bool, has_supervisor: bool) -> dict[str
         "reason": record.reason or None,
         "supervisor_pid": record.supervisor_pid if has_supervisor else None,
         "daemon_pid": record.daemon.pid if has_daemon and record.daemon else None,
+        "spare_pid": record.spare_pid if has_supervisor else None,
         "log": record.log or None,
     }
 
@@ -216,6 +217,7 @@ def _stranger(mount: kernel.Mount) -> dict[str, Any]:
         "reason": f"it is not in {rundir.root()}: mounted under another run directory, or as another user",
         "supervisor_pid": None,
         "daemon_pid": None,
+        "spare_pid": None,
         "log": None,
     }
 

@@ -83,21 +83,22 @@ class Opens:
             self._close(backing)  # another thread was faster
         return result
 
-    def release(self, thread: int, unique: int, inode: int) -> None:
-        """Count the end of an open; after the last one the inode's next open decides anew."""
+    def release(self, thread: int, unique: int, inode: int) -> bool:
+        """Count the end of an open; whether it was the last one, after which the inode's next open decides anew."""
         with self._lock:
             found = self._slots.get(inode)
             if found is None or self._is_repeated(unique, inode):
-                return
+                return False
             number, slot = found
             left = Slot(inode, slot.backing, slot.count - 1)
             self._change(thread, unique, number, left)
             if left.count:
-                return
+                return False
             del self._slots[inode]
             self._free.append(number)
         if left.backing != CACHED:
             self._close(left.backing)
+        return True
 
     def _count(self, thread: int, unique: int, inode: int, found: tuple[int, Slot]) -> int:
         number, slot = found

@@ -6,7 +6,8 @@
     3. exact       anything else, read as it was asked
 
 A window is dropped when all of it was read, because the kernel keeps pages by itself; else when room is needed, the one
-used longest ago first. One that is on its way, or being sent, is never dropped, and counts until it is gone.
+used longest ago first; and when nobody has its object open any more. One that is on its way, or being sent, counts
+until it is gone.
 
 The rule: windows hold `limit_bytes` at most, and what is read exactly is what the threads that read it can hold.
 """
@@ -44,14 +45,18 @@ Send = Callable[[Sequence[pa.Buffer]], None]
 
 @dataclass(slots=True, eq=False)
 class _Window:
-    """A window of one object. `users` are reads that wait for it or send from it; `left` bytes nobody has read yet."""
+    """A window of one object.
+
+    `users` are those that hold its memory: its fetch, and reads that wait for it or send from it. `left` are the bytes
+    that nobody has read yet.
+    """
 
     row: int
     start: int
     end: int
     left: int
     future: Future[pa.Buffer]
-    users: int = 0
+    users: int = 1
     is_dropped: bool = False
 
     @property
@@ -74,7 +79,7 @@ class Reads:
         self.reader_of = functools.lru_cache(OBJECTS_KEPT)(reader_of)
         self._limit_bytes = limit_bytes
         self._threads = Threads(FETCHES, "shoal-ahead")
-        self._lock = threading.Lock()  # guards all below
+        self._lock = threading.RLock()  # guards all below; a fetch that fails at once ends under it
         self._streams: OrderedDict[int, Readahead] = OrderedDict()
         self._windows: OrderedDict[_Window, None] = OrderedDict()  # the one used longest ago first
         self._of_row: dict[int, list[_Window]] = {}
@@ -128,6 +133,17 @@ class Reads:
                 for window in used:
                     self._release(window, min(end, window.end) - max(start, window.start))
 
+    def forget(self, row: int) -> None:
+        """Nobody has the object open any more: let go of what was fetched ahead for it."""
+        with self._lock:
+            self._streams.pop(row, None)
+            for window in list(self._of_row.get(row, ())):
+                self._drop(window)
+
+    def _fetched(self, window: _Window) -> None:
+        with self._lock:
+            self._release(window, 0)
+
     def _mapped(self, row: int, start: int, end: int) -> list[pa.Buffer] | None:
         reader = self.reader_of(row)
         found = []
@@ -177,7 +193,7 @@ class Reads:
         window.left -= read_bytes
         if window.is_dropped:
             self._forget(window)
-        elif window.left <= 0 or (window.future.done() and window.future.exception() is not None):
+        elif window.left <= 0 or _has_failed(window.future):
             self._drop(window)
 
     def _fetch(self, reader: ObjectReader, ahead: Range) -> None:
@@ -186,7 +202,7 @@ class Reads:
         for window in list(self._windows):
             if self.window_bytes + size <= self._limit_bytes:
                 break
-            if not window.users and window.future.done():
+            if not window.users:
                 self._drop(window)
         if self.window_bytes + size > self._limit_bytes:
             return
@@ -197,6 +213,7 @@ class Reads:
         self.window_bytes += size
         self.ahead_bytes += size
         self.most_window_bytes = max(self.most_window_bytes, self.window_bytes)
+        future.add_done_callback(lambda _: self._fetched(window))
 
     def _drop(self, window: _Window) -> None:
         window.is_dropped = True
@@ -210,3 +227,7 @@ class Reads:
     def _forget(self, window: _Window) -> None:
         if not window.users:
             self.window_bytes -= window.size
+
+
+def _has_failed(future: Future[pa.Buffer]) -> bool:
+    return future.done() and (future.cancelled() or future.exception() is not None)

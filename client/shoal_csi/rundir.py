@@ -63,6 +63,7 @@ class Record:
         subpath: the directory of the dataset that is mounted; "" for all of it.
         endpoint: of the cluster; "" for the local node.
         device: ``major:minor`` of the file system; names the connection.
+        spare_pid: of the daemon that is loaded and waits for its turn.
         state: phase of `shoal_csi.states`.
         restarts: daemons that ended unasked; `failures`: the last so many of them were never well.
         reason: why a daemon ended last; "" where none did.
@@ -79,6 +80,7 @@ class Record:
     device: str
     supervisor_pid: int
     daemon: Daemon | None
+    spare_pid: int | None
     state: str
     restarts: int
     failures: int

@@ -38,7 +38,7 @@ from shoal.threads import Threads
 from shoal_csi import failures, kernel, protocol
 from shoal_csi.opens import CACHED, Opens
 from shoal_csi.protocol import WRITES, Header, Init, Malformed, Opcode, Open
-from shoal_csi.reads import Reads
+from shoal_csi.reads import LIMIT_BYTES, Reads
 from shoal_csi.state import MAX_THREADS, State
 from shoal_csi.tree import Tree
 
@@ -92,6 +92,7 @@ class Server:
     Args:
         state: shared with the servers before and after this one.
         on_over: called once no thread takes requests any more: the file system was unmounted, or `stop` was called.
+        window_bytes: what may be held that was fetched ahead.
         takers: threads that take requests.
 
     Attributes:
@@ -99,7 +100,14 @@ class Server:
     """
 
     def __init__(
-        self, fd: int, served: Served, state: State, *, on_over: Callable[[], None], takers: int = TAKERS
+        self,
+        fd: int,
+        served: Served,
+        state: State,
+        *,
+        on_over: Callable[[], None],
+        window_bytes: int = LIMIT_BYTES,
+        takers: int = TAKERS,
     ) -> None:
         assert takers <= MAX_THREADS
         self._fd = fd
@@ -111,7 +119,7 @@ class Server:
         self._silent = _is_of_small(served.snapshot)
         self._may_passthrough = True
         self.opens = Opens(state, self._close_backing)
-        self.reads = Reads(served.reader_of)
+        self.reads = Reads(served.reader_of, window_bytes)
         self._waiters = Threads(WAITERS, "shoal-mount-wait")
         self._lock = threading.Lock()  # guards _waiting and _ended
         self._waiting: dict[int, int] = {}  # unique to thread id of those whose answers the pool gives
@@ -316,7 +324,8 @@ class Server:
         return protocol.pack_open(inode, Open.PASSTHROUGH | Open.NOFLUSH, backing)
 
     def _release(self, header: Header, body: memoryview, thread: int) -> Answer:
-        self.opens.release(thread, header.unique, header.node)
+        if self.opens.release(thread, header.unique, header.node):
+            self.reads.forget(self._row(header.node))
         return b""
 
     def _read(self, header: Header, body: memoryview, thread: int) -> Answer:

@@ -3,10 +3,11 @@
     python -m shoal_csi.supervisor --mountpoint DIR --dataset NAME@SNAPSHOT [--subpath P] [--endpoint URL]
 
 Says ``ready {json}`` on stdout when the mount answers; before that, ends with ``error: …`` where it cannot. Signals:
-HUP puts a new daemon in the old one's place, TERM and INT unmount (a second one does not wait for open files). What
-happens when is `shoal_csi.states`; here it is done. Descriptors of the connection, of the memory in which daemons leave
-what their successors need, and of the pipe on which they say ready are in the daemon, too, so that the death of this
-process costs nothing: the daemon serves on, and the next supervisor takes them from there (`shoal_csi.handover`).
+HUP puts a new daemon in the old one's place, unless it comes from a terminal that is gone; TERM and INT unmount (a
+second one does not wait for open files). What happens when is `shoal_csi.states`; here it is done. Descriptors of the
+connection, of the memory in which daemons leave what their successors need, and of the pipe on which they say ready are
+in the daemon, too, so that the death of this process costs nothing: the daemon serves on, and the next supervisor takes
+them from there (`shoal_csi.handover`).
 
 It is small on purpose, and asks the kernel to look for memory elsewhere: what it holds is all that cannot be replaced.
 
@@ -111,7 +112,7 @@ class Supervisor:
         if self._wakeup in ready:
             for number in os.read(self._wakeup, 64):
                 self._journal.say(f"{signal.Signals(number).name} in phase {self._state.phase}")
-                if number == signal.SIGHUP:
+                if number == signal.SIGHUP and not os.isatty(2):  # where it is one, that is gone
                     self._upgrade()
                 else:
                     self._happened(states.StopAsked())
@@ -119,6 +120,7 @@ class Supervisor:
             self._bury_daemon()
         elif self._spare is not None and self._spare.pidfd in ready:
             self._bury_spare()
+            self._claim.write(self._record())
         elif self._daemon is not None and self._daemon.ready_fd in ready:
             self._hear(self._daemon)
             if self._daemon.is_ready:
@@ -128,6 +130,8 @@ class Supervisor:
             if self._spare.is_loaded and self._wants_upgrade:
                 self._wants_upgrade = False
                 self._happened(states.UpgradeAsked())
+            else:
+                self._claim.write(self._record())
         elif self._mounts_fd in ready:
             if not self._is_aside and not self._is_mounted():
                 self._is_aside = True
@@ -401,6 +405,7 @@ class Supervisor:
             device=self._device,
             supervisor_pid=os.getpid(),
             daemon=None if self._daemon is None else self._daemon.known,
+            spare_pid=self._spare.known.pid if self._spare is not None and self._spare.is_loaded else None,
             state=str(state.phase),
             restarts=state.restarts,
             failures=state.failures,

@@ -46,13 +46,14 @@ class World:
         self.place.mount("--dataset", "set", *words, module=DAEMON)
 
     def wait_until_well(self, other_than: int) -> None:
-        """Wait until a daemon serves, has done so for a moment, and is not that one."""
+        """Wait until a daemon serves, has done so for a moment, is not that one, and has a spare."""
         wait_for(lambda: self._is_well(other_than), timeout_s=60)
 
     def _is_well(self, other_than: int) -> bool:
         record = self.place.record
         pid = None if record.daemon is None else record.daemon.pid
-        return (record.state, record.failures) == ("serving", 0) and pid not in (None, other_than)
+        is_well = (record.state, record.failures) == ("serving", 0) and record.spare_pid is not None
+        return is_well and pid not in (None, other_than)
 
 
 @pytest.fixture(params=["remote", "local"])
@@ -125,6 +126,7 @@ def _assert_all_read_all(heard: list[Heard]) -> None:
 def _harm(world: World, name: str, harm: Callable[[], None], times: int) -> None:
     """`harm` the daemon again and again under readers, each time when its successor is well."""
     draw, at = random.Random(0), []
+    world.wait_until_well(0)
     with readers(world) as stop:
         for _ in range(times):
             time.sleep(draw.uniform(0.5, 1.0))
@@ -136,7 +138,8 @@ def _harm(world: World, name: str, harm: Callable[[], None], times: int) -> None
         heard = stop()
     _assert_all_read_all(heard)
     during = [within(heard, moment, moment + 1.0) for moment in at]
-    calm = [within(heard, moment - 0.5, moment - 0.001) for moment in at]
+    before_it = [(moment, within(heard, moment - 0.5, moment)) for moment in at]
+    calm = [[read for read in reads if read.began_s + read.seconds < moment] for moment, reads in before_it]
     everything = [read for each in heard for read in each.reads]
     report(
         f"mount-{name}",

@@ -20,7 +20,7 @@ import pytest
 
 from shoal_csi import kernel, rundir
 from tests.support import fuse_stand_in
-from tests.support.mounting import Place, wants_fuse
+from tests.support.mounting import STAND_IN, Place, wants_fuse
 from tests.support.processes import Child, Say, is_stopped, stopped
 from tests.support.waiting import wait_for
 
@@ -174,7 +174,7 @@ def test_upgrade_to_a_daemon_that_does_not_load_leaves_the_old_one(place: Place)
     """A broken installation is found out before anything is ended for it."""
     supervisor = place.mount()
     before = place.daemon_pid
-    wait_for(lambda: len(place.processes()) == 3)
+    place.wait_for_spare()
     (place.steps / "broken").touch()
     supervisor.send_signal(signal.SIGHUP)
     wait_for(lambda: "the daemon that serves is not replaced" in place.log())
@@ -183,14 +183,13 @@ def test_upgrade_to_a_daemon_that_does_not_load_leaves_the_old_one(place: Place)
 
 def test_a_spare_daemon_waits_while_another_one_serves_and_ends_with_the_supervisor(place: Place) -> None:
     supervisor = place.mount()
-    wait_for(lambda: len(place.processes()) == 3)
-    (waiting,) = {*place.processes()} - {supervisor.pid, place.daemon_pid}
+    waiting = place.wait_for_spare()
     place.kill_daemon()
     assert read(place) == FIRST and place.daemon_pid == waiting
-    wait_for(lambda: len(place.processes()) == 3)
-    (waiting,) = {*place.processes()} - {supervisor.pid, place.daemon_pid}
+    waiting = place.wait_for_spare()
     os.kill(waiting, signal.SIGKILL)  # which is nothing to the mount
-    place.wait_for_state("serving", restarts=1)
+    wait_for(lambda: place.record.spare_pid != waiting)
+    assert place.wait_for_state("serving").restarts == 1
     assert read(place) == FIRST
     supervisor.kill()
     wait_for(lambda: place.processes() == [place.daemon_pid])
@@ -200,7 +199,7 @@ def test_without_a_spare(place: Place) -> None:
     supervisor = place.mount("--no-spare")
     before = place.daemon_pid
     wait_for(lambda: place.record.failures == 0)
-    assert {*place.processes()} == {supervisor.pid, before}
+    wait_for(lambda: {*place.processes()} == {supervisor.pid, before})
     place.kill_daemon()
     assert read(place) == FIRST and place.daemon_pid != before
 
@@ -229,6 +228,21 @@ def test_newly_installed_supervisor_takes_over_from_the_one_that_is_there(place:
 
 
 # It is unmounted.
+
+
+def test_a_terminal_that_is_gone_ends_a_mount_in_its_foreground(place: Place) -> None:
+    master, terminal = os.openpty()
+    words = ["--mountpoint", place.mountpoint, "--dataset", "set@1234", "--daemon-module", STAND_IN]
+    command = [sys.executable, "-m", "shoal_csi.supervisor", *words]
+    with subprocess.Popen(
+        command, env=place.environment, stdout=subprocess.PIPE, stderr=terminal, text=True
+    ) as process:
+        place.ready(process)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(20) == 0
+    os.close(master)
+    os.close(terminal)
+    assert not place.is_mounted() and place.processes() == []
 
 
 def test_daemon_killed_while_files_are_open_after_the_unmount(place: Place) -> None:
@@ -365,6 +379,20 @@ def test_unmount_without_a_supervisor(place: Place, how: str) -> None:
     assert not place.is_mounted() and place.processes() == [] and place.listed() == []
 
 
+def test_supervisor_killed_while_files_are_open_after_the_unmount(place: Place) -> None:
+    """The daemon serves them, and ends with the last one; what is left of the record is nobody's mount."""
+    supervisor = place.mount()
+    with opened(place, 1) as fd:
+        supervisor.terminate()
+        place.wait_for_state("stopping")
+        supervisor.kill()
+        assert os.pread(fd, fuse_stand_in.SIZE, 0) == fuse_stand_in.content(1)
+    wait_for(lambda: place.processes() == [])
+    assert place.listed() == []
+    assert place.run("shoal_csi.mounts", "recover").stdout == "[]\n"
+    assert [path.suffix for path in place.run_dir.iterdir()] == [".log"]
+
+
 def test_recovery_gives_every_mount_a_supervisor_or_takes_it_away(place: Place) -> None:
     place.mount().kill()
     daemon = place.daemon_pid
@@ -394,8 +422,9 @@ def test_what_a_supervisor_left_that_died_before_it_mounted_is_in_nobodys_way(pl
 def test_another_dataset_at_the_place_of_a_mount_without_supervisor(place: Place) -> None:
     """It is detached; files that are open in it are read on from the daemon that still lives."""
     place.mount().kill()
+    orphan = place.daemon_pid
     with opened(place, 1) as fd:
         said = place.ready(place.supervise("--dataset", "other@5678"))
         assert "that no supervisor kept" in said["notes"][0] and said["dataset"] == "other@5678"
         assert os.pread(fd, fuse_stand_in.SIZE, 0) == fuse_stand_in.content(1)
-    wait_for(lambda: len(place.processes()) == 3)  # with its spare
+    wait_for(lambda: orphan not in place.processes())

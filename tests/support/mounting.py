@@ -107,9 +107,9 @@ class Place:
 
     def ready(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         """What a supervisor says when its mount answers; fails where it ends before."""
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
         line = process.stdout.readline()
-        assert line.startswith("ready "), (line, process.stderr.read(), self.log())
+        assert line.startswith("ready "), (line, process.stderr.read() if process.stderr else "", self.log())
         said: dict[str, Any] = json.loads(line.removeprefix("ready "))
         return said
 
@@ -152,6 +152,12 @@ class Place:
 
     def kill_daemon(self, *, number: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.daemon_pid, number)
+
+    def wait_for_spare(self) -> int:
+        """Wait until a daemon is loaded and waits for its turn; its pid."""
+        wait_for(lambda: self.record.spare_pid is not None)
+        assert self.record.spare_pid is not None
+        return self.record.spare_pid
 
     def is_mounted(self) -> bool:
         return kernel.find(self.mountpoint) is not None
