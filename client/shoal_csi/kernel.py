@@ -28,7 +28,7 @@ READ_AHEAD_BYTES = 1 << 20
 
 # mount(2), umount2(2)
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOATIME = 1, 2, 4, 1024
-_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
+_MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8
 
 # linux/fuse.h: _IOW(229, 1, struct fuse_backing_map), _IOW(229, 2, uint32_t), fuse_notify_code
 _BACKING_OPEN = (1 << 30) | (16 << 16) | (229 << 8) | 1
@@ -108,6 +108,17 @@ def unmount(mountpoint: str, *, lazy: bool) -> None:
         OSError: EBUSY: files in it are open; EINVAL: nothing is mounted there.
     """
     _check(_library.umount2(os.fsencode(mountpoint), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)), mountpoint)
+
+
+def abort(mountpoint: str) -> None:
+    """End the connection of a mount for good: whoever waits gets ECONNABORTED. Unmounts it, too, where it is not busy.
+
+    For one that nobody will serve any more, because its readers cannot even be killed while they wait.
+
+    Raises:
+        OSError: EBUSY: it is ended, and still mounted; EINVAL: nothing is mounted there.
+    """
+    _check(_library.umount2(os.fsencode(mountpoint), _UMOUNT_NOFOLLOW | _MNT_FORCE), mountpoint)
 
 
 def mounts(fs_type: str = FS_TYPE) -> Iterator[Mount]:
