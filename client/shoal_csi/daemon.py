@@ -117,7 +117,7 @@ def run(fd: int, served: Served, state: State, window_bytes: int) -> int:
     signal.signal(signal.SIGINT, stop)
     server.start()
     print(f"ready {json.dumps(server.report())}", flush=True)
-    os.eventfd_read(over)
+    os.read(over, 8)  # which goes on after a signal, as `os.eventfd_read` does not
     if is_wanted and not server.stop(STOP_GRACE_S):
         log.info("requests are under way that take long: a successor will be handed them")
     log.info("served %d requests, and end: %s", server.requests, "SIGTERM" if is_wanted else "unmounted")

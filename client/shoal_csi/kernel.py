@@ -112,6 +112,17 @@ def unmount(mountpoint: str, *, lazy: bool, force: bool = False) -> None:
     _check(_library.umount2(os.fsencode(mountpoint), flags), mountpoint)
 
 
+def abort(mountpoint: str) -> None:
+    """End the connection of a mount for good: whoever waits gets ECONNABORTED. Unmounts it, too, where it is not busy.
+
+    For one that nobody will serve any more, because its readers cannot even be killed while they wait.
+
+    Raises:
+        OSError: EBUSY: it is ended, and still mounted; EINVAL: nothing is mounted there.
+    """
+    _check(_library.umount2(os.fsencode(mountpoint), _UMOUNT_NOFOLLOW | _MNT_FORCE), mountpoint)
+
+
 def mounts(fs_type: str = FS_TYPE) -> Iterator[Mount]:
     """The mounts of one type that this process sees, the oldest first."""
     return (each for each in parse_mounts(_MOUNTINFO.read_text("utf-8", "surrogateescape")) if each.fs_type == fs_type)

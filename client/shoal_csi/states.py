@@ -28,7 +28,7 @@
     STARTING, SERVING           UpgradeAsked       REPLACING   FinishDaemon
     REPLACING                   DaemonEnded        STARTING    StartDaemon     no failure
     REPLACING                   Timer              REPLACING   KillDaemon
-    any of a mount              StopAsked          STOPPING    Unmount
+    any of a mount              StopAsked          STOPPING    Unmount; where there is no daemon, End
     STOPPING                    StopAsked, Timer   CLOSING     KillDaemon      files that are open still end here: the
     STOPPING                    DaemonEnded        ENDED       End             last descriptor ends the connection
     any of a mount, STOPPING    ConnectionEnded    CLOSING     Unmount, where it is still mounted: it was cut
@@ -267,6 +267,8 @@ def handle(state: State, event: Event) -> Step:
     match event:
         case SuccessorTookOver() if state.phase is not Phase.ENDED:
             return replace(state, phase=Phase.ENDED, timer_s=None), (End(0),)
+        case StopAsked() if state.phase in _MOUNTED and not state.has_daemon:
+            return _closing(state, Unmount())
         case StopAsked() if state.phase in _MOUNTED:
             return replace(state, phase=Phase.STOPPING, timer_s=DRAIN_S), (Unmount(),)
         case StopAsked() if state.phase is Phase.NEW:

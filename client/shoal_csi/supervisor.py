@@ -120,7 +120,7 @@ class Supervisor:
             self._bury_daemon()
         elif self._spare is not None and self._spare.pidfd in ready:
             self._bury_spare()
-            self._claim.write(self._record())
+            self._note()
         elif self._daemon is not None and self._daemon.ready_fd in ready:
             self._hear(self._daemon)
             if self._daemon.is_ready:
@@ -131,11 +131,12 @@ class Supervisor:
                 self._wants_upgrade = False
                 self._happened(states.UpgradeAsked())
             else:
-                self._claim.write(self._record())
+                self._note()
         elif self._mounts_fd in ready:
             if not self._is_aside and not self._is_mounted():
                 self._is_aside = True
-                self._claim.move_aside()  # another mount may take the place, while files of this one are open
+                with contextlib.suppress(OSError):
+                    self._claim.move_aside()  # another mount may take the place, while files of this one are open
         elif self._probe is not None and self._probe.pidfd in ready:
             self._end_probe()
         elif self._listener.fileno() in ready:
@@ -145,6 +146,7 @@ class Supervisor:
             self._happened(states.ConnectionEnded(is_mounted=self._is_mounted()))
         elif self._state.refuses_requests:
             refusing.refuse(self._fuse_fd)
+            self._look_at_the_clock()  # there may always be another one
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
@@ -182,7 +184,7 @@ class Supervisor:
         for action in actions:
             self._do(action)
         if self._end is None:
-            self._claim.write(self._record())
+            self._note()
 
     def _do(self, action: states.Action) -> None:
         match action:
@@ -310,9 +312,15 @@ class Supervisor:
     # Requests through the mount.
 
     def _start_probe(self) -> None:
-        if self._probe is None and self._end is None:
+        if self._probe is not None or self._end is not None:
+            return
+        try:
             self._probe = Probe(self._options.mountpoint, self._device)
-            self._poll.register(self._probe.pidfd, select.POLLIN)
+        except OSError as error:  # no memory, no processes
+            self._probe_at = time.monotonic() + SECOND_PROBE_S
+            self._journal.say(f"the mount cannot be asked: {error}")
+            return
+        self._poll.register(self._probe.pidfd, select.POLLIN)
 
     def _end_probe(self) -> None:
         assert self._probe is not None
@@ -335,7 +343,8 @@ class Supervisor:
             self._probe = None
 
     def _refuse(self, is_on: bool) -> None:
-        self._poll.modify(self._fuse_fd, select.POLLIN if is_on else 0)
+        with contextlib.suppress(FileNotFoundError):  # the connection has ended
+            self._poll.modify(self._fuse_fd, select.POLLIN if is_on else 0)
         self._journal.say("requests fail until a daemon comes up" if is_on else "requests wait for the daemon")
         if is_on:
             refusing.take_back(self._fuse_fd)
@@ -356,7 +365,8 @@ class Supervisor:
             if error.errno != errno.EBUSY:
                 self._journal.say(f"{self._options.mountpoint} is not unmounted: {error.strerror}")
                 return
-            kernel.unmount(self._options.mountpoint, lazy=True)
+            with contextlib.suppress(OSError):  # somebody else did
+                kernel.unmount(self._options.mountpoint, lazy=True)
             self._journal.say("files are open: the mount is detached, and they may be read on for a while")
 
     def mount(self) -> states.Event:
@@ -393,6 +403,12 @@ class Supervisor:
         if self._options.background:
             os.dup2(0, 1)
             self._journal.let_go()
+
+    def _note(self) -> None:
+        try:
+            self._claim.write(self._record())
+        except OSError as error:  # a full disk, or somebody removed it: the mount needs no record
+            self._journal.say(f"the record cannot be written: {error}")
 
     def _record(self) -> Record:
         options, state = self._options, self._state

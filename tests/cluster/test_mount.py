@@ -350,7 +350,8 @@ def test_random_reads_by_several_processes(filled: Dataset) -> None:
                 assert os.pread(file.fileno(), length, offset) == origin.read(length), (name, offset, length)
         return seed
 
-    with Mounted(filled.name, filled.cluster.environment()) as mount, contextlib.ExitStack() as stack:
+    # The mount ends first: a reader that waits for it could not be killed.
+    with contextlib.ExitStack() as stack, Mounted(filled.name, filled.cluster.environment()) as mount:
         children = [
             stack.enter_context(Child(lambda say, seed=seed: read(seed, mount.path)))  # type: ignore[misc]
             for seed in range(4)
@@ -363,9 +364,9 @@ def test_what_a_mount_holds_is_bounded(make: Callable[[dict[str, bytes]], Datase
     limit = 16 << 20
     objects = {f"{number}.bin": random.Random(number).randbytes((14 << 20) + number) for number in range(5)}
     dataset = make(objects)
-    with Mounted(dataset.name, dataset.cluster.environment(), ["--window-bytes", str(limit)]) as mount:
-        with ThreadPoolExecutor(len(objects)) as pool:
-            assert all(pool.map(lambda name: (mount.path / name).read_bytes() == objects[name], objects))
+    args = ["--window-bytes", str(limit)]
+    with ThreadPoolExecutor(5) as pool, Mounted(dataset.name, dataset.cluster.environment(), args) as mount:
+        assert all(pool.map(lambda name: (mount.path / name).read_bytes() == objects[name], objects))
         report = mount.report()
         assert 8 << 20 < report["most_window_bytes"] <= limit
         wait_for(lambda: mount.report()["window_bytes"] == 0)
@@ -377,7 +378,7 @@ def test_what_a_mount_holds_is_bounded(make: Callable[[dict[str, bytes]], Datase
 def test_readers_wait_for_the_next_server(make: Callable[[dict[str, bytes]], Dataset]) -> None:
     """Killed with reads that wait for nodes: its successor is handed them again."""
     cluster = (dataset := make({f"{n}.bin": random.Random(n).randbytes(9 << 20) for n in range(4)})).cluster
-    with Mounted(dataset.name, cluster.environment()) as mount, ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4) as pool, Mounted(dataset.name, cluster.environment()) as mount:
         with contextlib.ExitStack() as frozen:
             for node in cluster.nodes:
                 frozen.enter_context(stopped(node.pid))
@@ -411,7 +412,8 @@ def test_servers_are_replaced_while_files_are_read(filled: Dataset, how: str) ->
                 say("reading")
         return rounds
 
-    with Mounted(filled.name, filled.cluster.environment()) as mount, contextlib.ExitStack() as stack:
+    # The mount ends first: a reader that waits for it could not be killed.
+    with contextlib.ExitStack() as stack, Mounted(filled.name, filled.cluster.environment()) as mount:
         enough = mount.path.parent / "enough"
         stack.callback(enough.unlink, missing_ok=True)
         children = [
@@ -499,7 +501,8 @@ def test_readers_that_get_signals_read_on(filled: Dataset, mounted: Mounted) -> 
     program = (
         "import signal, sys; signal.signal(signal.SIGALRM, lambda *_: None)\n"
         "signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)\n"
-        "sys.stdout.buffer.write(open(sys.argv[1], 'rb', buffering=0).read())"
+        "data = open(sys.argv[1], 'rb', buffering=0).read(); signal.setitimer(signal.ITIMER_REAL, 0)\n"
+        "sys.stdout.buffer.write(data)"
     )
     name = "several/1.bin"
     drop_caches(mounted.path / name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,30 @@ def test_daemons_that_fail_for_long_make_requests_fail_until_one_comes_up(place:
     (place.steps / "say").unlink()
     place.wait_for_state("serving")
     assert read(place) == FIRST
+
+
+def test_unmounted_while_requests_fail(place: Place) -> None:
+    supervisor = place.mount("--refuse-after", "1", "--no-spare")
+    (place.steps / "say").write_text("no cluster")
+    place.kill_daemon()
+    wait_for(lambda: "requests fail" in place.log())
+    assert place.unmount().returncode == 0
+    assert supervisor.wait(20) == 0
+    assert place.processes() == []
+
+
+def test_run_directory_removed_under_a_mount(place: Place) -> None:
+    place.mount()
+    record = place.record
+    wait_for(lambda: _is_removed(place.run_dir))
+    assert record.daemon is not None
+    os.kill(record.daemon.pid, signal.SIGKILL)
+    assert read(place) == FIRST
+
+
+def _is_removed(directory: Path) -> bool:
+    shutil.rmtree(directory, ignore_errors=True)  # where something is just being written, the next time
+    return not directory.exists()
 
 
 def test_daemon_that_answers_no_request_is_replaced(place: Place) -> None:

@@ -129,8 +129,10 @@ class Mounted:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.communicate()
-        with contextlib.suppress(OSError):
-            kernel.unmount(str(self.path), lazy=True)
+        # Readers that wait for a server that will not come cannot be killed, and may hold the device open themselves.
+        for end in (kernel.abort, lambda path: kernel.unmount(path, lazy=True)):
+            with contextlib.suppress(OSError):
+                end(str(self.path))
         for fd in (self._fd, self._state_fd):
             if fd >= 0:
                 os.close(fd)

@@ -93,6 +93,11 @@ def test_stopping_leaves_open_files_a_while() -> None:
     assert states.handle(state, states.StopAsked())[1] == (states.KillDaemon(),)
 
 
+def test_stopping_without_a_daemon_waits_for_nothing() -> None:
+    waiting = State(Phase.WAITING, is_established=True, timer_s=10.0)
+    assert states.handle(waiting, states.StopAsked())[1] == (states.Unmount(), states.End(0))
+
+
 def test_unmounted_from_outside_is_a_good_end_and_cut_is_not() -> None:
     for is_mounted, first, status in ((False, (), 0), (True, (states.Unmount(),), 1)):
         state, actions = states.handle(SERVING, states.ConnectionEnded(is_mounted))
