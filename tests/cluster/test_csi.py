@@ -6,6 +6,7 @@ What mounts a dataset is a stand-in here except where a test says otherwise: wha
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -700,6 +701,50 @@ def test_unpublished_while_a_file_is_open(place: Place, real: Callable[[], Drive
         assert _nothing_is_left(place)
         assert file.read() == FILES["train/1.bin"]
     wait_for(lambda: _served(place) == [])
+
+
+#: Containers as Kubernetes makes them: processes that end with the first one, and mounts that reach the host
+#: (``Bidirectional``), or come from there (``HostToContainer``).
+PLUGIN = ("unshare", "--mount", "--propagation", "unchanged", "--pid", "--fork", "--kill-child", "--mount-proc")
+POD = ("unshare", "--mount", "--propagation", "slave", "sleep", "600")
+
+
+def test_containers_of_the_plugin_come_and_go(place: Place, shoal: DevCluster) -> None:
+    """A pod that outlives the plugin's container reads on when the next one is there."""
+    subprocess.run(["mount", "--bind", str(place.path), str(place.path)], check=True)
+    subprocess.run(["mount", "--make-shared", str(place.path)], check=True)
+    target = place.target("a")
+    with contextlib.ExitStack() as stack:
+        stack.callback(subprocess.run, ["umount", "-l", "-R", str(place.path)], check=False)
+
+        def container(name: str) -> Driver:
+            environment = {**shoal.environment(), "SHOAL_RUN_DIR": str(place.path / name)}
+            return stack.enter_context(driver(place, environment, "--probe-timeout", "5", wrapper=PLUGIN))
+
+        first = container("first")
+        first.publish(target, {"dataset": "one", "subpath": "train"})
+        pod = stack.enter_context(subprocess.Popen(POD))
+        stack.callback(pod.kill)
+        seen = Path(f"/proc/{pod.pid}/root{target}/0.bin")
+        wait_for(lambda: Path(f"/proc/{pod.pid}/comm").read_text() == "sleep\n")
+        assert seen.read_bytes() == FILES["train/0.bin"]
+        first.kill()
+        wait_for(lambda: _is_dead(target))
+        second = container("second")
+        wait_for(lambda: "bound again: 1 volumes" in place.log.read_text())
+        assert files_in(target).keys() == {"0.bin", "1.bin"}
+        assert seen.read_bytes() == FILES["train/0.bin"]
+        second.unpublish(target)
+        assert _nothing_is_left(place)
+        assert not seen.parent.exists()
+
+
+def _is_dead(target: str) -> bool:
+    try:
+        os.statvfs(target)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
 
 
 # The specification's own suite.

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,18 +89,31 @@ class Place:
 class Driver:
     """A running driver and its clients.
 
+    Args:
+        args: more of its flags.
+        wrapper: a command that becomes the driver's.
+
     Attributes:
         socket: as an endpoint.
     """
 
-    def __init__(self, place: Place, environment: Mapping[str, str], *args: str) -> None:
+    def __init__(self, place: Place, environment: Mapping[str, str], *args: str, wrapper: Sequence[str] = ()) -> None:
         self.place = place
         self.socket = f"unix://{place.path}/csi.sock"
-        command = [sys.executable, "-m", "shoal_csi", "--endpoint", self.socket, "--state-dir", str(place.state)]
+        command = [
+            *wrapper,
+            sys.executable,
+            "-m",
+            "shoal_csi",
+            "--endpoint",
+            self.socket,
+            "--state-dir",
+            str(place.state),
+        ]
         command += ["--node-id", "node-1", "--look-after-every", "0.5", *args]
         roots = os.pathsep.join(str(ROOT / name) for name in ("client", "controller", "cachenode"))
-        env = {**os.environ, **environment, "PYTHONPATH": roots, "STAND_IN": str(place.stand_in)}
-        env["SHOAL_RUN_DIR"] = str(place.path / "run")
+        own = {"PYTHONPATH": roots, "STAND_IN": str(place.stand_in), "SHOAL_RUN_DIR": str(place.path / "run")}
+        env = {**os.environ, **own, **environment}
         with place.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
         assert self.process.stdout is not None
@@ -170,9 +183,9 @@ class Driver:
 
 
 @contextmanager
-def driver(place: Place, environment: Mapping[str, str], *args: str) -> Iterator[Driver]:
-    """A driver over the stand-in, unless `args` name another command."""
-    running = Driver(place, environment, *(args or ("--mount-command", STAND_IN)))
+def driver(place: Place, environment: Mapping[str, str], *args: str, wrapper: Sequence[str] = ()) -> Iterator[Driver]:
+    """A driver over the stand-in, unless there are `args`."""
+    running = Driver(place, environment, *(args or ("--mount-command", STAND_IN)), wrapper=wrapper)
     try:
         yield running
     finally:
