@@ -709,8 +709,12 @@ PLUGIN = ("unshare", "--mount", "--propagation", "unchanged", "--pid", "--fork",
 POD = ("unshare", "--mount", "--propagation", "slave", "sleep", "600")
 
 
-def test_containers_of_the_plugin_come_and_go(place: Place, shoal: DevCluster) -> None:
-    """A pod that outlives the plugin's container reads on when the next one is there."""
+@pytest.mark.parametrize("run_dirs", [("first", "second"), ("run", "run")], ids=["own", "of_the_host"])
+def test_containers_of_the_plugin_come_and_go(place: Place, shoal: DevCluster, run_dirs: tuple[str, str]) -> None:
+    """A pod that outlives the plugin's container reads on when the next one is there.
+
+    Where supervisors keep their notes may be a folder of the container or of the host.
+    """
     subprocess.run(["mount", "--bind", str(place.path), str(place.path)], check=True)
     subprocess.run(["mount", "--make-shared", str(place.path)], check=True)
     target = place.target("a")
@@ -721,7 +725,7 @@ def test_containers_of_the_plugin_come_and_go(place: Place, shoal: DevCluster) -
             environment = {**shoal.environment(), "SHOAL_RUN_DIR": str(place.path / name)}
             return stack.enter_context(driver(place, environment, "--probe-timeout", "5", wrapper=PLUGIN))
 
-        first = container("first")
+        first = container(run_dirs[0])
         first.publish(target, {"dataset": "one", "subpath": "train"})
         pod = stack.enter_context(subprocess.Popen(POD))
         stack.callback(pod.kill)
@@ -730,7 +734,7 @@ def test_containers_of_the_plugin_come_and_go(place: Place, shoal: DevCluster) -
         assert seen.read_bytes() == FILES["train/0.bin"]
         first.kill()
         wait_for(lambda: _is_dead(target))
-        second = container("second")
+        second = container(run_dirs[1])
         wait_for(lambda: "bound again: 1 volumes" in place.log.read_text())
         assert files_in(target).keys() == {"0.bin", "1.bin"}
         assert seen.read_bytes() == FILES["train/0.bin"]
