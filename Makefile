@@ -38,7 +38,7 @@ format: .venv/.test
 	$(BIN)/ruff format
 
 proto: .venv/.test  ## make the gRPC stubs anew
-	$(BIN)/python -m grpc_tools.protoc -I client --python_out=client --pyi_out=client --grpc_python_out=client client/shoal/wire/shoal.proto
+	$(BIN)/python -m grpc_tools.protoc -I client --python_out=client --pyi_out=client --grpc_python_out=client client/shoal/wire/shoal.proto client/shoal_csi/csi.proto
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -110,7 +110,8 @@ class DataPlane:
         only_cached = "only-if-cached" in directives
         if "no-store" in directives:  # which reads a few bytes to know what there is
             self.node.usage.used(spec.dataset.record.name)
-        elif not only_cached:  # which is no reader, but a node that takes over
+        # One that takes only what is cached is no reader, but a node that takes over; unless it takes a descriptor.
+        elif not only_cached or "shoal-descriptor" in request.headers:
             self.node.usage.read(spec.dataset.record.name, spec.key)
         while True:
             try:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.errors import InvalidRequest
+from shoal.errors import InvalidRequest, SnapshotNotFound
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -101,6 +101,22 @@ def check_digest(text: str) -> str:
     if not _DIGEST.fullmatch(text):
         raise InvalidRequest(f"{text!r} is no snapshot digest: 32 hex digits are")
     return text
+
+
+def choose_snapshot(record: DatasetRecord, wanted: str) -> str:
+    """The digest of `record` that `wanted`, some of its first digits or "" for the newest, stands for.
+
+    Raises:
+        SnapshotNotFound: none, or several.
+    """
+    if not wanted:
+        return record.snapshot
+    matches = [digest for digest in record.snapshots if digest.startswith(wanted)]
+    if len(matches) == 1:
+        return matches[0]
+    served = ", ".join(digest[:8] for digest in record.snapshots)
+    reason = "is not one of its snapshots" if not matches else "is the beginning of several of its snapshots"
+    raise SnapshotNotFound(f"{record.name}@{wanted}: {wanted} {reason} ({served}); open {record.name} without '@'")
 
 
 @dataclass(frozen=True, slots=True)

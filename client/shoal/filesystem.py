@@ -28,7 +28,7 @@ from shoal import cluster as cluster_module
 from shoal.cluster import Cluster
 from shoal.datasets import DatasetRecord
 from shoal.direct import DirectOrigin
-from shoal.errors import InvalidRequest, NotFound, ReadOnly, ShoalError, SnapshotNotFound
+from shoal.errors import InvalidRequest, NotFound, ReadOnly, ShoalError
 from shoal.file import ShoalFile
 from shoal.origin import urls
 from shoal.ranges import Range
@@ -157,7 +157,7 @@ class ShoalFileSystem(ChainedFileSystem):  # type: ignore[misc] # fsspec has no 
         pinned = self._pins.get(parsed.root)
         if pinned is None:
             record = self.cluster.dataset(parsed.dataset)
-            digest = self._promised.get(parsed.root) or _choose_snapshot(record, parsed.snapshot)
+            digest = self._promised.get(parsed.root) or datasets.choose_snapshot(record, parsed.snapshot)
             pinned = self.pin(parsed.root, record, self.cluster.snapshot(digest))
         return pinned, parsed.path
 
@@ -479,18 +479,6 @@ def _restored(reduced: tuple[Any, ...], pins: dict[str, str]) -> ShoalFileSystem
     for root, digest in pins.items():
         fs._promised.setdefault(root, digest)  # a file system of this process may have touched the dataset before
     return fs
-
-
-def _choose_snapshot(record: DatasetRecord, wanted: str) -> str:
-    """The digest that `wanted`, some of its first digits or "", stands for."""
-    if not wanted:
-        return record.snapshot
-    matches = [digest for digest in record.snapshots if digest.startswith(wanted)]
-    if len(matches) == 1:
-        return matches[0]
-    served = ", ".join(digest[:8] for digest in record.snapshots)
-    reason = "is not one of its snapshots" if not matches else "is the beginning of several of its snapshots"
-    raise SnapshotNotFound(f"{record.name}@{wanted}: {wanted} {reason} ({served}); open {record.name} without '@'")
 
 
 def _check_timeout(timeout: Any) -> float:

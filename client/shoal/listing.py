@@ -63,7 +63,7 @@ class Paths(Text):
     def find(self, path: str) -> int | None:
         """The row of `path`; None where it is not listed."""
         wanted = _encode(path)
-        row = self._first_not_below(wanted)
+        row = self.first_not_below(wanted)
         return row if row < len(self) and self.raw(row) == wanted else None
 
     def under(self, prefix: str) -> range:
@@ -75,7 +75,7 @@ class Paths(Text):
         if not path:
             return True
         prefix = _encode(path) + b"/"
-        row = self._first_not_below(prefix)
+        row = self.first_not_below(prefix)
         return row < len(self) and self.raw(row).startswith(prefix)
 
     def children(self, path: str) -> tuple[list[int], list[str]]:
@@ -99,7 +99,7 @@ class Paths(Text):
                 row += 1
             else:
                 directories.append(name[:slash].decode())
-                row = self._first_not_below(name[:slash] + b"0", row + 1, stop)
+                row = self.first_not_below(name[:slash] + b"0", row + 1, stop)
         return objects, directories
 
     def matching(self, regex: str, rows: range) -> npt.NDArray[np.int64]:
@@ -126,15 +126,16 @@ class Paths(Text):
                 return numbers(pc.indices_nonzero(hits), "<u8").astype(np.int64) + start
         return np.fromiter((row for row in range(start, stop) if full_match(self[row])), np.int64)
 
-    def _first_not_below(self, wanted: bytes, start: int = 0, stop: int | None = None) -> int:
+    def first_not_below(self, wanted: bytes, start: int = 0, stop: int | None = None) -> int:
+        """The first row from `start` on, and before `stop`, whose path is not below `wanted`; `stop` where all are."""
         return bisect.bisect_left(range(len(self)), wanted, start, stop, key=self.raw)
 
     def _under(self, prefix: bytes) -> range:
         if not prefix:
             return range(len(self))
-        start = self._first_not_below(prefix)
+        start = self.first_not_below(prefix)
         # No byte of UTF-8 is 0xFF, so the last one always has a successor.
-        return range(start, self._first_not_below(prefix[:-1] + bytes([prefix[-1] + 1]), start))
+        return range(start, self.first_not_below(prefix[:-1] + bytes([prefix[-1] + 1]), start))
 
 
 def text_buffers(array: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:

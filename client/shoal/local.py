@@ -19,6 +19,7 @@ import pyarrow as pa
 from shoal.connection import MAX_DESCRIPTORS, Answer
 from shoal.errors import ShoalError
 from shoal.maps import Maps, ShardId
+from shoal.shard_client import ONLY_IF_CACHED, ShardAt
 from shoal.snapshot import Snapshot
 from shoal.transport import Transport
 from shoal.wire.places import parse_places
@@ -80,6 +81,27 @@ class LocalNode:
         finally:
             for descriptor in answer.descriptors:
                 os.close(descriptor)
+
+    def descriptor(self, shard: ShardAt) -> int | None:
+        """A read-only descriptor of the sealed file of `shard`, the caller's to close; None where there is none.
+
+        The file never changes, and stays readable through the descriptor when the node evicts it.
+        """
+        if self._transport.health.is_open(self.address):
+            return None  # it does not answer, and would be waited for at each open
+        headers = {"Shoal-Descriptor": "1", **ONLY_IF_CACHED}
+        try:
+            answer = self._transport.get(self.address, shard.target, headers, is_hasty=True)
+        except ShoalError as error:
+            log.debug("the local node gives no descriptor of %s: %s", shard, error)
+            return None
+        descriptor, *others = answer.descriptors or (None,)
+        for other in others:
+            os.close(other)
+        if descriptor is not None and os.fstat(descriptor).st_size < shard.size_bytes:
+            os.close(descriptor)
+            return None
+        return descriptor
 
     def snapshot(self, digest: str) -> Snapshot | None:
         """The snapshot, mapped from the node's own file; None where the node cannot give it."""

@@ -171,6 +171,37 @@ class ObjectReader:
         length = shards.shard_length(self.size_bytes, self._shard_size, index)
         return ShardAt(self._snapshot.digest, self.row, index, length)
 
+    def local_descriptor(self) -> int | None:
+        """A descriptor of the sealed file that is this whole object, from the node on this machine; the caller's.
+
+        None where the object is not just one shard, the local node is no owner of it, or does not have it now.
+
+        Raises:
+            ClusterUnavailable: no node may own the shard.
+        """
+        local = self._cluster.local
+        if local is None or not 0 < self.size_bytes <= self._shard_size:
+            return None
+        if all(node.id != local.node_id for node in self.owners(0)):
+            return None
+        return local.descriptor(self.shard(0))
+
+    def is_cached(self, index: int) -> bool:
+        """Whether an owner of shard `index` has it sealed: asks them. One that does not answer has nothing."""
+        shard = self.shard(index)
+        for node in self.owners(index):
+            try:
+                self._cluster.transport.get(
+                    self._cluster.address_of(node),
+                    shard.target,
+                    {"Range": "bytes=0-0", **shard_client.ONLY_IF_CACHED},
+                    is_hasty=True,
+                )
+                return True
+            except ShoalError as error:
+                log.debug("node %s gives no byte of %s from its cache: %s", node.id, shard, error)
+        return False
+
     def first_owner(self, index: int, failed: Collection[str] = ()) -> Node:
         """The node that a shard is asked of first, unless another owner is nearer.
 
@@ -308,13 +339,14 @@ class ObjectReader:
         """`piece`, cut for several connections where it is long and comes from another node."""
         streams = min(MAX_STREAMS, (piece.end - piece.start) // STREAM_BYTES)
         local = self._cluster.local
-        if streams < 2 or (local is not None and any(n.id == local.node_id for n in self._owners(piece.index))):
+        if streams < 2 or (local is not None and any(n.id == local.node_id for n in self.owners(piece.index))):
             return [piece]
         step = -(-(piece.end - piece.start) // streams // PART_SIZE) * PART_SIZE
         edges = [piece.start, *range((piece.start // PART_SIZE) * PART_SIZE + step, piece.end, step), piece.end]
         return [Piece(piece.index, start, end) for start, end in itertools.pairwise(edges)]
 
-    def _owners(self, index: int) -> tuple[Node, ...]:
+    def owners(self, index: int) -> tuple[Node, ...]:
+        """The owners of shard `index` under the newest map, the first one first. Raises ClusterUnavailable."""
         placement = self._cluster.placement(self._snapshot, self._replicas)
         return placement.order(self._first_shard + index, self._key(index))[: placement.replicas]
 

@@ -144,6 +144,16 @@ class Snapshot:
     def __repr__(self) -> str:
         return f"<Snapshot {self.digest} of {self.origin}: {len(self):,} objects>"
 
+    @property
+    def paths(self) -> listing.Paths:
+        """The sorted path column, for whoever walks it as a tree."""
+        return self._paths
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Bytes of each object, by row. A view of the mapping."""
+        return self._sizes
+
     @_once
     def total_bytes(self) -> int:
         """Bytes of all objects."""

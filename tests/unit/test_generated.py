@@ -7,17 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_stubs_are_those_of_the_proto(tmp_path: Path) -> None:
+@pytest.mark.parametrize("proto", ["shoal/wire/shoal.proto", "shoal_csi/csi.proto"])
+def test_stubs_are_those_of_the_proto(tmp_path: Path, proto: str) -> None:
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     command = [sys.executable, "-m", "grpc_tools.protoc", "-I", str(ROOT / "client"), *outputs]
-    subprocess.run([*command, str(ROOT / "client/shoal/wire/shoal.proto")], check=True)
-    made = sorted((tmp_path / "shoal/wire").iterdir())
-    assert [path.name for path in made] == ["shoal_pb2.py", "shoal_pb2.pyi", "shoal_pb2_grpc.py"]
+    subprocess.run([*command, str(ROOT / "client" / proto)], check=True)
+    folder, stem = Path(proto).parent, Path(proto).stem
+    made = sorted((tmp_path / folder).iterdir())
+    assert [path.name for path in made] == [f"{stem}_pb2.py", f"{stem}_pb2.pyi", f"{stem}_pb2_grpc.py"]
     for path in made:
-        assert path.read_text() == (ROOT / "client/shoal/wire" / path.name).read_text(), "run `make proto`"
+        assert path.read_text() == (ROOT / "client" / folder / path.name).read_text(), "run `make proto`"
 
 
 def test_readme_names_what_is_there() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from shoal.cli import dataset, dev, files, node, plan, prefetch, status
+from shoal.cli import dataset, dev, files, mount, node, plan, prefetch, status
 from shoal.errors import ShoalError
 
 
@@ -74,6 +74,8 @@ for command in (
     files.ls,
     files.cat,
     files.get,
+    mount.mount,
+    mount.umount,
     dev.dev,
 ):
     main.add_command(command)

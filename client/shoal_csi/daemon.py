@@ -1,0 +1,131 @@
+"""The process that serves one mount: ``python -m shoal_csi.daemon --fd N --state-fd M --dataset NAME[@SNAPSHOT] …``.
+
+It inherits the descriptor of a connection that somebody mounted, and one of the mount's state. It may be killed at any
+moment, and started again on the same two: then it serves the snapshot that the first one pinned, and the requests that
+its predecessor took.
+
+    stdout      ``ready {json}``, once, when it serves
+    stderr      its log; ``error: …`` before it ends with status 1
+    SIGTERM     it finishes what is under way and ends with status 0; the mount stays, for a successor
+    status 0    also once the file system was unmounted
+
+The rule: it never mounts, unmounts or decides anything about the mount; whoever started it does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+import click
+
+from shoal.cli.output import SizeType
+from shoal.datasets import parse_path
+from shoal.errors import ShoalError
+from shoal.filesystem import ShoalFileSystem
+from shoal.reader import TIMEOUT_S
+from shoal_csi.server import Served, Server
+from shoal_csi.state import State
+from shoal_csi.tree import Tree
+
+log = logging.getLogger(__name__)
+
+#: From SIGTERM on, what is under way may take so long; a successor is handed what is left.
+STOP_GRACE_S = 5.0
+
+
+@click.command()
+@click.option("--fd", type=int, required=True, help="The connection: a descriptor of /dev/fuse that is mounted.")
+@click.option("--state-fd", type=int, required=True, help="A file in memory, empty for the first server of the mount.")
+@click.option("--dataset", required=True, metavar="NAME[@SNAPSHOT]", help="What is mounted.")
+@click.option("--endpoint", envvar="SHOAL_ENDPOINT", help="Of the controller or any node; default the local node.")
+@click.option("--socket", envvar="SHOAL_SOCKET", help="Of the node on this machine.")
+@click.option("--subpath", default="", help="The directory of the dataset that is the root.")
+@click.option("--timeout", type=float, default=TIMEOUT_S, help="Seconds that one read may take, second tries included.")
+@click.option("--window-bytes", type=SizeType(), default="64MiB", help="What may be held that was fetched ahead.")
+@click.option("--verbose", is_flag=True, help="Log also what is only of use to whoever looks for a fault.")
+def main(
+    fd: int,
+    state_fd: int,
+    dataset: str,
+    endpoint: str | None,
+    socket: str | None,
+    subpath: str,
+    timeout: float,
+    window_bytes: int,
+    verbose: bool,
+) -> None:
+    """Serve a mounted dataset until it is unmounted."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        state = State(state_fd)
+        fs = ShoalFileSystem(endpoint=endpoint, socket=socket, timeout=timeout, skip_instance_cache=True)
+        served = serve(state, fs, dataset, subpath)
+    except (ShoalError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    # What is left undone here is handed out again to a successor, and nobody waits for threads that wait for nodes.
+    os._exit(run(fd, served, state, window_bytes))
+
+
+def serve(state: State, fs: ShoalFileSystem, dataset: str, subpath: str) -> Served:
+    """What this mount is of: what its first server pinned, or, for that one, what `dataset` means now.
+
+    Raises:
+        ShoalError: there is no such dataset, snapshot or directory, or nobody tells.
+    """
+    pinned = state.pinned
+    if pinned is None:
+        name = parse_path(dataset)
+        found, _ = fs.locate(name.root)
+        record, snapshot = found.record, found.snapshot
+    else:
+        record, digest = pinned
+        snapshot = fs.cluster.snapshot(digest)
+    tree = Tree(snapshot.paths, snapshot.sizes, subpath, record.origin.rstrip("/").rpartition("/")[2] or "object")
+    if tree.left_out:
+        log.warning(
+            "%d objects of dataset %s are not in the mount: no file system can hold their names, or a directory has "
+            "the same; they can be read as shoal://%s/…",
+            *(tree.left_out, record.name, record.name),
+        )
+    if pinned is None:
+        state.pin(record, snapshot.digest)
+    return Served(record, snapshot, tree, lambda row: fs.object_reader(record, snapshot, row))
+
+
+def run(fd: int, served: Served, state: State, window_bytes: int) -> int:
+    """Serve until the file system is unmounted or SIGTERM comes; the status to end with."""
+    # A descriptor and not a `threading.Event`, whose lock a signal's handler might find held by its own thread.
+    over, is_wanted = os.eventfd(0, os.EFD_CLOEXEC), False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal is_wanted
+        is_wanted = True
+        os.eventfd_write(over, 1)
+
+    server = Server(fd, served, state, on_over=lambda: os.eventfd_write(over, 1), window_bytes=window_bytes)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    server.start()
+    print(f"ready {json.dumps(server.report())}", flush=True)
+    os.read(over, 8)  # which goes on after a signal, as `os.eventfd_read` does not
+    if is_wanted and not server.stop(STOP_GRACE_S):
+        log.info("requests are under way that take long: a successor will be handed them")
+    log.info("served %d requests, and end: %s", server.requests, "SIGTERM" if is_wanted else "unmounted")
+    server.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    main()

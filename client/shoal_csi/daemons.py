@@ -1,0 +1,105 @@
+"""A daemon as its supervisor sees it: a process that waits as a spare, then serves, says so, and ends.
+
+The rule: it is known by a pidfd, so that no signal ever reaches a later process of the same pid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shoal_csi import rundir, spare
+from shoal_csi.rundir import Daemon
+
+
+class DaemonProcess:
+    """One process. Its descriptors are closed by `bury`.
+
+    Attributes:
+        known: as others find it.
+        pidfd: readable when it has ended.
+        ready_fd: readable when it says something.
+        is_loaded, is_ready: it has said so.
+    """
+
+    def __init__(self, known: Daemon, ready_fd: int, process: subprocess.Popen[bytes] | None, go_fd: int) -> None:
+        self.known = known
+        self.pidfd = os.pidfd_open(known.pid)
+        self.ready_fd = ready_fd
+        self.is_loaded = self.is_ready = False
+        self._process = process
+        self._go_fd = go_fd
+        self._heard = b""
+
+    @classmethod
+    def spawn(cls, module: str, args: Sequence[str], fuse_fd: int, state_fd: int, oom_score_adj: str) -> DaemonProcess:
+        """Start one that loads, and waits for `go`. Raises OSError: no memory, no processes."""
+        ready_fd, says_fd = os.pipe2(os.O_CLOEXEC)
+        waits_fd, go_fd = os.pipe2(os.O_CLOEXEC)
+        own = ["--fd", str(fuse_fd), "--state-fd", str(state_fd)]
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "shoal_csi.spare", module, *own, *args],
+                stdin=waits_fd,
+                stdout=says_fd,
+                # Its own end of the pipe, too: without a supervisor it must not fail at saying that it is ready.
+                pass_fds=(fuse_fd, state_fd, ready_fd),
+                process_group=0,  # Ctrl-C is for the supervisor
+            )
+        except OSError:
+            os.close(ready_fd)
+            os.close(go_fd)
+            raise
+        finally:
+            os.close(says_fd)
+            os.close(waits_fd)
+        with contextlib.suppress(OSError):  # it inherits the supervisor's
+            Path(f"/proc/{process.pid}/oom_score_adj").write_text(oom_score_adj)
+        known = Daemon(process.pid, rundir.started(process.pid), fuse_fd, state_fd, ready_fd)
+        return cls(known, ready_fd, process, go_fd)
+
+    @classmethod
+    def adopted(cls, known: Daemon, ready_fd: int) -> DaemonProcess:
+        """One that another supervisor started. Raises OSError: it has ended."""
+        return cls(known, ready_fd, None, -1)
+
+    def go(self) -> bool:
+        """Let it serve; whether it still lives to do so."""
+        try:
+            os.write(self._go_fd, spare.GO)
+        except BrokenPipeError:
+            return False
+        return True
+
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def hear(self) -> bool:
+        """Take in what it says, when `ready_fd` is readable; False where there will be no more."""
+        heard = os.read(self.ready_fd, 1 << 16)
+        self._heard += heard
+        *lines, self._heard = self._heard.split(b"\n")
+        self.is_loaded |= spare.LOADED.encode() in lines
+        self.is_ready |= any(line.startswith(b"ready") for line in lines)
+        return bool(heard)
+
+    def bury(self) -> int | None:
+        """Wait for the end, and close what there was. The status, negative for a signal; None: another's to know."""
+        status = None if self._process is None else self._process.wait()
+        for fd in (self.pidfd, self.ready_fd, self._go_fd):
+            if fd >= 0:
+                os.close(fd)
+        return status
+
+
+def how(status: int | None) -> str:
+    """A sentence's part on how a process ended."""
+    if status is None:
+        return "it ended, and its status was another process's to know"
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"

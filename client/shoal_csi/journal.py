@@ -1,0 +1,99 @@
+"""What a supervisor and its daemons write: lines on stderr, which is a terminal, somebody's pipe, or the mount's log.
+
+The rule: nothing here may fail or wait for long: a disk that is full must not end a mount.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from pathlib import Path
+
+from shoal.errors import ShoalError
+from shoal_csi import rundir
+
+#: A log that grows beyond this begins anew, and what it had lies beside it. It may be on a file system in memory.
+MOST_BYTES = 4 << 20
+_TAIL_BYTES = 64 << 10
+
+
+class Journal:
+    """The stderr of this process. One a process.
+
+    Attributes:
+        path: of the log, where stderr is a file; else "".
+    """
+
+    def __init__(self) -> None:
+        self._errors_fd = 2  # where whoever started this process reads why it failed
+        self.path = _path()
+
+    def to_file(self, mountpoint: str) -> None:
+        """From here on stderr, and so the daemons', is the mount point's log; `fail` is heard at both.
+
+        Raises:
+            ShoalError: it cannot be written.
+        """
+        path = rundir.log_of(mountpoint)
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ShoalError(f"the log {path} cannot be written: {error.strerror}; set SHOAL_RUN_DIR") from error
+        self._errors_fd = os.dup(2)
+        os.dup2(log, 2)
+        os.close(log)
+        self.path = _path()
+
+    def let_go(self) -> None:
+        """Whoever started this process has heard all there is."""
+        if self._errors_fd != 2:
+            os.close(self._errors_fd)
+            self._errors_fd = 2
+
+    def say(self, text: str) -> None:
+        now = time.time()
+        when = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))},{int(now * 1000) % 1000:03}"
+        with contextlib.suppress(OSError):
+            os.write(2, f"{when} {self._own}{text}\n".encode())
+
+    def fail(self, sentence: str) -> None:
+        """Say why this process ends."""
+        for fd in {2, self._errors_fd}:
+            with contextlib.suppress(OSError):
+                os.write(fd, f"error: {sentence}\n".encode())
+
+    def size(self) -> int:
+        """Bytes of the log; 0 where it is no file."""
+        return os.fstat(2).st_size if self.path else 0
+
+    def last_words(self, start: int) -> str:
+        """The last ``error:`` line after `start`, else the last line that is not ours; "" where it cannot be read."""
+        if not self.path:
+            return ""
+        try:
+            with Path(self.path).open("rb") as log:
+                log.seek(max(start, self.size() - _TAIL_BYTES))
+                text = log.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+        lines = [line.strip() for line in text.splitlines() if line.strip() and self._own not in line]
+        errors = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("error:")]
+        return (errors or lines or [""])[-1]
+
+    def shorten(self) -> None:
+        """Begin anew where the log has grown too long."""
+        if self.size() > MOST_BYTES:
+            with contextlib.suppress(OSError):
+                Path(self.path + ".1").write_bytes(Path(self.path).read_bytes()[-MOST_BYTES:])
+                os.truncate(self.path, 0)  # all who write to it append
+
+    @property
+    def _own(self) -> str:
+        return f"supervisor {os.getpid()}: "
+
+
+def _path() -> str:
+    return str(Path("/proc/self/fd/2").readlink()) if stat.S_ISREG(os.fstat(2).st_mode) else ""

@@ -1,0 +1,88 @@
+"""How a dataset is mounted: by the commands that people use, as processes of their own.
+
+The rule: a mount outlives whoever asked for it. No pipe, session or process group ties it to the driver.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from typing import Protocol
+
+from shoal_csi import mounts
+from shoal_csi.answering import Prober, State
+from shoal_csi.refusals import MountFailed
+
+#: From the command to the first answer; a mount begins with a snapshot, which may have to come from another node.
+MOUNT_TIMEOUT_S = 60.0
+UNMOUNT_TIMEOUT_S = 20.0
+#: Of what a failed command said, as much as fits a status.
+_SAID_BYTES = 1 << 10
+
+
+class Mounts(Protocol):
+    """Mounts whole datasets, each at a folder of its own."""
+
+    def mount(self, dataset: str, snapshot: str, mountpoint: str) -> None:
+        """Mount and return when the mount answers. Raises MountFailed."""
+
+    def unmount(self, mountpoint: str) -> None:
+        """Unmount and end what serves the mount. Raises MountFailed."""
+
+    def is_answering(self, mountpoint: str) -> bool:
+        """Whether the mount answers now, found out in bounded time."""
+
+    def recover(self) -> list[str]:
+        """Put in order what lost only its supervisor; a sentence for each. Raises ShoalError."""
+
+
+class CommandMounts:
+    """``shoal mount`` and ``shoal umount``.
+
+    Args:
+        command: the words before ``mount`` or ``umount``.
+        endpoint: of the cluster; "" for what the environment says.
+    """
+
+    def __init__(self, command: Sequence[str], endpoint: str, prober: Prober) -> None:
+        self._command = tuple(command)
+        self._environment = {**os.environ, **({"SHOAL_ENDPOINT": endpoint} if endpoint else {})}
+        self._prober = prober
+
+    def mount(self, dataset: str, snapshot: str, mountpoint: str) -> None:
+        self._run(["mount", f"{dataset}@{snapshot}", mountpoint], MOUNT_TIMEOUT_S)
+
+    def unmount(self, mountpoint: str) -> None:
+        self._run(["umount", mountpoint], UNMOUNT_TIMEOUT_S)
+
+    def is_answering(self, mountpoint: str) -> bool:
+        return self._prober.probe(mountpoint).state is State.ALIVE
+
+    def recover(self) -> list[str]:
+        return [f"{each['mountpoint']}: {each['how']}" for each in mounts.recover()]
+
+    def _run(self, words: Sequence[str], timeout_s: float) -> None:
+        line = " ".join(["shoal", *words])
+        # Into a file: what serves the mount may keep the descriptor, and a pipe would never end.
+        with tempfile.TemporaryFile() as said:
+            try:
+                status = subprocess.run(
+                    [*self._command, *words],
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=said,
+                    stderr=said,
+                    start_new_session=True,
+                    timeout=timeout_s,
+                    check=False,
+                ).returncode
+            except subprocess.TimeoutExpired as error:
+                raise MountFailed(f"'{line}' has not ended within {timeout_s:g} s and was stopped") from error
+            except OSError as error:
+                raise MountFailed(f"'{line}' cannot be run: {error}") from error
+            if status != 0:
+                said.seek(0)
+                sentence = said.read()[-_SAID_BYTES:].decode(errors="replace").strip() or f"exit status {status}"
+                raise MountFailed(f"'{line}' failed: {sentence}")

@@ -1,0 +1,261 @@
+"""This machine's mounts, for whoever did not mount them: what there is, who uses one, and how one goes away.
+
+    python -m shoal_csi.mounts list                          JSON, one document
+    python -m shoal_csi.mounts unmount MOUNTPOINT [--lazy]   JSON: what was done
+    python -m shoal_csi.mounts recover                       JSON: what was done for mounts whose supervisor died
+
+Unmounting asks the kernel, not the supervisor: it works where nobody is left, and whoever is notices.
+
+The rule: a mount that answers is never taken from under its users unless they say so; one that does not, always is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from shoal.errors import ShoalError
+from shoal_csi import kernel, places, probing, rundir
+from shoal_csi.probing import Outcome
+from shoal_csi.rundir import Record
+
+#: A probe of the supervisor's, or a look of somebody's, makes a mount busy for a moment.
+_BUSY_WITHIN_S, _AGAIN_S = 1.0, 0.05
+#: For supervisor and daemon to end once there is nothing to serve.
+GONE_WITHIN_S, ORPHAN_WITHIN_S = 15.0, 5.0
+_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that has something of a mount open."""
+
+    pid: int
+    name: str
+    what: str
+
+
+def listed() -> list[dict[str, Any]]:
+    """Every mount of Shoal's on this machine, as JSON: those known here, and those that only the kernel knows."""
+    attached = {mount.device: mount for mount in kernel.mounts() if mount.root == "/"}
+    known = []
+    for directory, record in rundir.records():
+        is_mounted = any(m.device == record.device and m.mountpoint == record.mountpoint for m in kernel.mounts())
+        has_supervisor = rundir.has_supervisor(directory)
+        if not is_mounted and not has_supervisor:
+            continue  # the leftovers of a supervisor that was killed after its mount was gone
+        attached.pop(record.device, None)
+        known.append(_json(record, is_mounted=is_mounted, has_supervisor=has_supervisor))
+    strangers = [_stranger(mount) for mount in attached.values()]
+    return sorted(known + strangers, key=lambda mount: str(mount["mountpoint"]))
+
+
+def unmount(mountpoint: str, *, lazy: bool) -> dict[str, Any]:
+    """Unmount, and wait until nobody serves it any more; with `lazy` only until it is no longer there.
+
+    Raises:
+        ShoalError: it is no mount of Shoal's; it is in use, with by whom; it may not be unmounted.
+    """
+    path = rundir.canonical(mountpoint)
+    there = kernel.find(path)
+    if there is None:
+        raise ShoalError(f"nothing is mounted at {path}: 'shoal mount' lists what is")
+    if there.fs_type != kernel.FS_TYPE:
+        raise ShoalError(f"{path} is not a mount of Shoal's but of type {there.fs_type}: use umount(8)")
+    directory = rundir.directory_of(path)
+    record = rundir.read(directory)
+    if record is not None and record.device != there.device:
+        record = None
+    how = "unmounted"
+    try:
+        _unmount_soon(path, lazy=lazy)
+        how = "detached" if lazy else how
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            places.force_away(path, is_alive=True)  # raises for the same reason, in words
+        else:
+            outcome = probing.ask(path, there.device, places.DEAD_AFTER_S)
+            if outcome is Outcome.ANSWERED:
+                raise ShoalError(_busy(path, there.device)) from None
+            places.force_away(path, is_alive=False)
+            how = "cut off, because it did not answer"
+    if not lazy:
+        _wait_until_gone(directory, record)
+    return {"mountpoint": path, "source": there.source, "how": how}
+
+
+def recover() -> list[dict[str, Any]]:
+    """Give each mount whose supervisor died a new one, or take it away where its daemon died, too.
+
+    For whatever runs first on a machine, or again. A supervisor started here outlives this process.
+    """
+    done = []
+    for directory, record in rundir.records():
+        if rundir.has_supervisor(directory):
+            continue
+        there = kernel.find(record.mountpoint)
+        if there is None or there.device != record.device:
+            rundir.forget(directory)
+        elif record.daemon is not None and record.daemon.is_running:
+            _supervise(record)
+            done.append({"mountpoint": record.mountpoint, "how": "has a new supervisor"})
+        else:
+            done.append({"mountpoint": record.mountpoint, "how": places.detach_stale(there, record)})
+    return done
+
+
+def holders(mountpoint: str, device: str) -> Iterator[Holder]:
+    """Processes that have a file, a directory or a mapping of a mount open, as far as this process may look.
+
+    Nothing in the mount is touched: the kernel tells names and devices.
+    """
+    for process in sorted((p for p in Path("/proc").iterdir() if p.name.isdecimal()), key=lambda p: int(p.name)):
+        try:
+            what = _what_is_held(process, mountpoint, device)
+            if what:
+                yield Holder(int(process.name), (process / "comm").read_text().strip(), what)
+        except OSError:
+            continue  # it ended, or is not ours to look at
+
+
+def _what_is_held(process: Path, mountpoint: str, device: str) -> str:
+    def is_inside(path: str) -> bool:
+        return path == mountpoint or path.startswith(mountpoint.rstrip("/") + "/")
+
+    for name, what in (("cwd", "its working directory"), ("root", "its root"), ("exe", "its program")):
+        if is_inside(str((process / name).readlink())):
+            return what
+    for fd in (process / "fd").iterdir():
+        link = str(fd.readlink())
+        if is_inside(link):
+            return link
+    major, _, minor = device.partition(":")
+    number = f" {int(major):02x}:{int(minor):02x} "
+    mapped = [line for line in (process / "maps").read_text("utf-8", "replace").splitlines() if number in line]
+    return f"a mapping of {mapped[0][73:]}" if mapped else ""
+
+
+def _busy(path: str, device: str) -> str:
+    found = list(holders(path, device))
+    named = ", ".join(f"{holder.pid} ({holder.name}: {holder.what})" for holder in found[:_NAMED])
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    who = f"by process {named}{more}" if found else "by processes that cannot be seen from here"
+    return f"{path} is in use {who}: end them, or detach it with 'shoal umount --lazy {path}', which lets them read on"
+
+
+def _unmount_soon(path: str, *, lazy: bool) -> None:
+    deadline = time.monotonic() + _BUSY_WITHIN_S
+    while True:
+        try:
+            return kernel.unmount(path, lazy=lazy)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(_AGAIN_S)
+
+
+def _wait_until_gone(directory: Path, record: Record | None) -> None:
+    """Wait for the processes of a mount that is gone; a daemon that nobody supervises and that hangs is killed."""
+    _wait_while(lambda: rundir.has_supervisor(directory), GONE_WITHIN_S)
+    if record is None or record.daemon is None:
+        return
+    daemon = record.daemon
+    if not rundir.has_supervisor(directory):
+        _wait_while(lambda: daemon.is_running, ORPHAN_WITHIN_S)
+        places.kill_orphan(record)
+        _wait_while(lambda: daemon.is_running, ORPHAN_WITHIN_S)
+        rundir.forget(directory)
+
+
+def _wait_while(condition: Callable[[], bool], within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while condition() and time.monotonic() < deadline:
+        time.sleep(_AGAIN_S)
+
+
+def _json(record: Record, *, is_mounted: bool, has_supervisor: bool) -> dict[str, Any]:
+    has_daemon = record.daemon is not None and record.daemon.is_running
+    supervised = record.state if is_mounted else "detached"
+    unsupervised = "unsupervised" if has_daemon else "dead"
+    name, _, snapshot = record.dataset.partition("@")
+    return {
+        "mountpoint": record.mountpoint,
+        "dataset": name,
+        "snapshot": snapshot or None,
+        "subpath": record.subpath,
+        "state": supervised if has_supervisor else unsupervised,
+        "since": record.since,
+        "restarts": record.restarts,
+        "failures": record.failures,
+        "reason": record.reason or None,
+        "supervisor_pid": record.supervisor_pid if has_supervisor else None,
+        "daemon_pid": record.daemon.pid if has_daemon and record.daemon else None,
+        "spare_pid": record.spare_pid if has_supervisor else None,
+        "log": record.log or None,
+    }
+
+
+def _stranger(mount: kernel.Mount) -> dict[str, Any]:
+    name, _, snapshot = mount.source.removeprefix("shoal:").partition("@")
+    return {
+        "mountpoint": mount.mountpoint,
+        "dataset": name,
+        "snapshot": snapshot or None,
+        "subpath": None,
+        "state": "unknown",
+        "since": None,
+        "restarts": None,
+        "failures": None,
+        "reason": f"it is not in {rundir.root()}: mounted under another run directory, or as another user",
+        "supervisor_pid": None,
+        "daemon_pid": None,
+        "spare_pid": None,
+        "log": None,
+    }
+
+
+def _supervise(record: Record) -> None:
+    command = [sys.executable, "-m", "shoal_csi.supervisor", "--mountpoint", record.mountpoint]
+    command += ["--dataset", record.dataset, "--subpath", record.subpath, "--endpoint", record.endpoint]
+    command += ["--daemon-module", record.daemon_module, "--background"]
+    subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Do one thing, and print what came of it as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m shoal_csi.mounts", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list")
+    commands.add_parser("recover")
+    away = commands.add_parser("unmount")
+    away.add_argument("mountpoint")
+    away.add_argument("--lazy", action="store_true")
+    raw = parser.parse_args(argv)
+    try:
+        if raw.command == "unmount":
+            document: object = unmount(raw.mountpoint, lazy=raw.lazy)
+        else:
+            document = recover() if raw.command == "recover" else listed()
+    except ShoalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    print(json.dumps(document))
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()

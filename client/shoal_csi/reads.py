@@ -1,0 +1,233 @@
+"""READs that the kernel does not answer by itself: through the client, with what follows fetched ahead.
+
+    1. at hand     bytes of shards that this process has mapped, or of windows that have come: no waiting, and for maps
+                   no memory
+    2. window      one that is on its way is waited for
+    3. exact       anything else, read as it was asked
+
+A window is dropped when all of it was read, because the kernel keeps pages by itself; else when room is needed, the one
+used longest ago first; and when nobody has its object open any more. One that is on its way, or being sent, counts
+until it is gone.
+
+The rule: windows hold `limit_bytes` at most, and what is read exactly is what the threads that read it can hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from shoal.errors import ShoalError
+from shoal.reader import ObjectReader
+from shoal.threads import Threads
+from shoal_csi.readahead import Readahead
+from shoal_csi.readahead import Window as Range
+
+log = logging.getLogger(__name__)
+
+#: Bytes of all windows of one mount.
+LIMIT_BYTES = 64 << 20
+#: Windows that are fetched at one time.
+FETCHES = 4
+#: Objects whose readers, and whose streams, are remembered.
+OBJECTS_KEPT = 4096
+
+Send = Callable[[Sequence[pa.Buffer]], None]
+"""Takes the bytes of a read, in order. They are valid until it returns."""
+
+
+@dataclass(slots=True, eq=False)
+class _Window:
+    """A window of one object.
+
+    `users` are those that hold its memory: its fetch, and reads that wait for it or send from it. `left` are the bytes
+    that nobody has read yet.
+    """
+
+    row: int
+    start: int
+    end: int
+    left: int
+    future: Future[pa.Buffer]
+    users: int = 1
+    is_dropped: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+class Reads:
+    """The reads of one mount. Thread-safe.
+
+    Args:
+        reader_of: gives the reader of a row.
+
+    Attributes:
+        window_bytes, most_window_bytes: held by windows, now and at most so far.
+        exact_bytes, ahead_bytes: read exactly, and fetched ahead, so far.
+    """
+
+    def __init__(self, reader_of: Callable[[int], ObjectReader], limit_bytes: int = LIMIT_BYTES) -> None:
+        self.reader_of = functools.lru_cache(OBJECTS_KEPT)(reader_of)
+        self._limit_bytes = limit_bytes
+        self._threads = Threads(FETCHES, "shoal-ahead")
+        self._lock = threading.RLock()  # guards all below; a fetch that fails at once ends under it
+        self._streams: OrderedDict[int, Readahead] = OrderedDict()
+        self._windows: OrderedDict[_Window, None] = OrderedDict()  # the one used longest ago first
+        self._of_row: dict[int, list[_Window]] = {}
+        self.window_bytes = self.most_window_bytes = self.exact_bytes = self.ahead_bytes = 0
+
+    def close(self) -> None:
+        """Begin no more windows."""
+        self._threads.close()
+
+    def is_at_hand(self, row: int, start: int, end: int) -> bool:
+        """Whether `read` would not wait for anybody."""
+        if self._mapped(row, start, end) is not None:
+            return True
+        with self._lock:
+            for window in self._of_row.get(row, ()):
+                if window.start <= start < window.end:
+                    return end <= window.end and window.future.done()
+        return False
+
+    def read(self, row: int, start: int, end: int, send: Send) -> None:
+        """Give bytes [start, end) of an object, which lie inside it, to `send`.
+
+        Raises:
+            ShoalError: they cannot be had. `send` was not called.
+        """
+        mapped = self._mapped(row, start, end)
+        if mapped is not None:
+            send(mapped)
+            return
+        reader = self.reader_of(row)
+        with self._lock:
+            used = self._use(row, start, end)
+            for ahead in self._observe(row, reader.size_bytes, start, end):
+                self._fetch(reader, ahead)
+        pieces: list[pa.Buffer] = []
+        try:
+            position = start
+            for window in used:
+                if position < window.start:
+                    pieces.append(self._exact(reader, position, window.start))
+                    position = window.start
+                stop = min(end, window.end)
+                pieces.append(self._from_window(window, reader, position, stop))
+                position = stop
+            if position < end:
+                pieces.append(self._exact(reader, position, end))
+            send(pieces)
+        finally:
+            pieces.clear()
+            with self._lock:
+                for window in used:
+                    self._release(window, min(end, window.end) - max(start, window.start))
+
+    def forget(self, row: int) -> None:
+        """Nobody has the object open any more: let go of what was fetched ahead for it."""
+        with self._lock:
+            self._streams.pop(row, None)
+            for window in list(self._of_row.get(row, ())):
+                self._drop(window)
+
+    def _fetched(self, window: _Window) -> None:
+        with self._lock:
+            self._release(window, 0)
+
+    def _mapped(self, row: int, start: int, end: int) -> list[pa.Buffer] | None:
+        reader = self.reader_of(row)
+        found = []
+        for piece in reader.pieces(start, end):
+            buffer = reader.mapped(piece)
+            if buffer is None:
+                return None
+            found.append(buffer)
+        return found
+
+    def _exact(self, reader: ObjectReader, start: int, end: int) -> pa.Buffer:
+        buffer = reader.read_buffer(start, end)
+        with self._lock:
+            self.exact_bytes += end - start
+        return buffer
+
+    def _from_window(self, window: _Window, reader: ObjectReader, start: int, end: int) -> pa.Buffer:
+        try:
+            return window.future.result().slice(start - window.start, end - start)
+        except (ShoalError, CancelledError) as error:
+            log.debug("a window failed, reading just what was asked: %s", error)
+        return self._exact(reader, start, end)
+
+    # Under the lock
+
+    def _observe(self, row: int, size_bytes: int, start: int, end: int) -> list[Range]:
+        streams = self._streams.get(row)
+        if streams is None:
+            streams = self._streams[row] = Readahead(size_bytes)
+            if len(self._streams) > OBJECTS_KEPT:
+                self._streams.popitem(last=False)
+        self._streams.move_to_end(row)
+        return streams.observe(start, end)
+
+    def _use(self, row: int, start: int, end: int) -> list[_Window]:
+        """The windows that have bytes of [start, end), in order, kept for the caller."""
+        found: list[_Window] = []
+        for window in sorted(self._of_row.get(row, ()), key=lambda window: window.start):
+            if window.start < end and window.end > max(start, found[-1].end if found else start):
+                window.users += 1
+                self._windows.move_to_end(window)
+                found.append(window)
+        return found
+
+    def _release(self, window: _Window, read_bytes: int) -> None:
+        window.users -= 1
+        window.left -= read_bytes
+        if window.is_dropped:
+            self._forget(window)
+        elif window.left <= 0 or _has_failed(window.future):
+            self._drop(window)
+
+    def _fetch(self, reader: ObjectReader, ahead: Range) -> None:
+        """Begin a window, where there is room for it, or can be made."""
+        size = ahead.end - ahead.start
+        for window in list(self._windows):
+            if self.window_bytes + size <= self._limit_bytes:
+                break
+            if not window.users:
+                self._drop(window)
+        if self.window_bytes + size > self._limit_bytes:
+            return
+        future = self._threads.submit(reader.read_buffer, ahead.start, ahead.end)
+        window = _Window(reader.row, ahead.start, ahead.end, size, future)
+        self._windows[window] = None
+        self._of_row.setdefault(reader.row, []).append(window)
+        self.window_bytes += size
+        self.ahead_bytes += size
+        self.most_window_bytes = max(self.most_window_bytes, self.window_bytes)
+        future.add_done_callback(lambda _: self._fetched(window))
+
+    def _drop(self, window: _Window) -> None:
+        window.is_dropped = True
+        del self._windows[window]
+        others = self._of_row[window.row]
+        others.remove(window)
+        if not others:
+            del self._of_row[window.row]
+        self._forget(window)
+
+    def _forget(self, window: _Window) -> None:
+        if not window.users:
+            self.window_bytes -= window.size
+
+
+def _has_failed(future: Future[pa.Buffer]) -> bool:
+    return future.done() and (future.cancelled() or future.exception() is not None)
