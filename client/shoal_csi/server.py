@@ -283,7 +283,7 @@ class Server:
     def _init(self, header: Header, body: memoryview, thread: int) -> Answer:
         offer = protocol.parse_init(body)
         if offer.major != protocol.MAJOR:
-            log.error("the kernel speaks FUSE %d.%d, this server %d: mount on Linux 4.18 or newer", *offer[:2], 7)
+            log.error("the kernel speaks FUSE %d, this server 7: mount on a Linux that has that", offer.major)
             raise Refused(errno.EPROTO)
         terms = protocol.negotiate(
             offer, passthrough=self._may_passthrough, silent_opens=self._silent, max_readahead=MAX_READAHEAD

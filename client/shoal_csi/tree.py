@@ -368,4 +368,4 @@ def _with_bad_names(offsets: npt.NDArray[np.int64], data: npt.NDArray[np.uint8])
             some = np.flatnonzero(lengths == dots)
             is_bad[some] = (data[starts[some]] == _DOT) & (data[ends[some] - 1] == _DOT)
         bad.append(np.searchsorted(offsets, starts[is_bad], "right") - 1)
-    return np.unique(np.concatenate(bad)).tolist()
+    return [int(row) for row in np.unique(np.concatenate(bad))]
