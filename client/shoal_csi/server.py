@@ -205,10 +205,10 @@ class Server:
 
     def _handle(self, request: memoryview, thread: int) -> None:
         """Answer one request, or see to it that it is answered."""
-        unique = 0
+        unique = inode = 0
         try:
             header, body = protocol.parse_header(request)
-            unique = header.unique
+            unique, inode = header.unique, header.node
             self.requests += 1
             handler = self._handlers.get(header.opcode)
             if handler is None:
@@ -219,6 +219,9 @@ class Server:
         except NotFound as error:
             log.debug("%s", error)
             self._reply(protocol.pack_error(unique, errno.ENOENT))
+        except ShoalError as error:
+            log.error("%s", failures.sentence(self._tree.path(inode), self._served.record.name, error))
+            self._reply(protocol.pack_error(unique, failures.errno_of(error)))
         except Malformed as error:
             log.warning("the kernel sent %s", error)
             if unique:
