@@ -155,7 +155,8 @@ def backing_open(fd: int, file_fd: int) -> int:
             ELOOP: the file lies on a stacked file system.
     """
     # The answer is the call's own result, which `fcntl.ioctl` gives for a buffer that may be written to.
-    return fcntl.ioctl(fd, _BACKING_OPEN, bytearray(_BACKING_MAP.pack(file_fd, 0, 0)), True)
+    backing_id: int = fcntl.ioctl(fd, _BACKING_OPEN, bytearray(_BACKING_MAP.pack(file_fd, 0, 0)), True)
+    return backing_id
 
 
 def backing_close(fd: int, backing_id: int) -> None:

@@ -205,10 +205,10 @@ class Server:
 
     def _handle(self, request: memoryview, thread: int) -> None:
         """Answer one request, or see to it that it is answered."""
-        unique = 0
+        unique = inode = 0
         try:
             header, body = protocol.parse_header(request)
-            unique = header.unique
+            unique, inode = header.unique, header.node
             self.requests += 1
             handler = self._handlers.get(header.opcode)
             if handler is None:
@@ -219,6 +219,9 @@ class Server:
         except NotFound as error:
             log.debug("%s", error)
             self._reply(protocol.pack_error(unique, errno.ENOENT))
+        except ShoalError as error:
+            log.error("%s", failures.sentence(self._tree.path(inode), self._served.record.name, error))
+            self._reply(protocol.pack_error(unique, failures.errno_of(error)))
         except Malformed as error:
             log.warning("the kernel sent %s", error)
             if unique:
@@ -283,7 +286,7 @@ class Server:
     def _init(self, header: Header, body: memoryview, thread: int) -> Answer:
         offer = protocol.parse_init(body)
         if offer.major != protocol.MAJOR:
-            log.error("the kernel speaks FUSE %d.%d, this server %d: mount on Linux 4.18 or newer", *offer[:2], 7)
+            log.error("the kernel speaks FUSE %d, this server 7: mount on a Linux that has that", offer.major)
             raise Refused(errno.EPROTO)
         terms = protocol.negotiate(
             offer, passthrough=self._may_passthrough, silent_opens=self._silent, max_readahead=MAX_READAHEAD

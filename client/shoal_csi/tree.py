@@ -31,8 +31,8 @@ from shoal_csi.protocol import NAME_MAX, ROOT_ID, Attributes
 FIRST_FILE = 2
 #: No origin tells a time. This one every archive format can hold, in every time zone: the second day of 1980.
 MTIME_S = 315_619_200
-#: Bytes of paths that are compared at one time while directories are found.
-_STRIDE_BYTES = 1 << 20
+#: Rows that are looked at together while directories are found.
+_STRIDE_ROWS = 256
 _SLASH, _DOT = ord("/"), ord(".")
 #: Offsets of a directory's reader: after ".", after "..", and from there on 2 and the next row.
 _AFTER_DOT, _AFTER_DOTS = 1, 2
@@ -72,8 +72,8 @@ class Tree:
         self._paths, self._sizes = paths, sizes
         self._rows = len(paths)
         self._offsets, self._data = listing.text_buffers(paths.array)
-        self._directories, shadows = _directories(self._offsets, self._data)
-        self._hidden, self.left_out = self._find_hidden(shadows)
+        self._directories, shadows, bad = _survey(paths, self._offsets, self._data)
+        self._hidden, self.left_out = self._find_hidden(shadows, bad)
         self._first_directory = FIRST_FILE + self._rows
         self._object_name = object_name.encode() if self._rows and not paths.raw(0) else b""
         self._place = functools.lru_cache(_PLACES_KEPT)(self._find_place)
@@ -280,7 +280,7 @@ class Tree:
             return ROOT_ID
         return self._directory(path, 0, self._rows) or ROOT_ID
 
-    def _find_hidden(self, shadows: Words) -> tuple[npt.NDArray[np.int64], int]:
+    def _find_hidden(self, shadows: Words, bad: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int]:
         """Rows whose name cannot be listed, in order; and how many objects cannot be reached in all."""
         hidden = set()
         for key in shadows.tolist():
@@ -290,7 +290,7 @@ class Tree:
             if self._paths.raw(found) == path:
                 hidden.add(found)
         unreachable = len(hidden)
-        for row in _with_bad_names(self._offsets, self._data):
+        for row in bad.tolist():
             path = self._paths.raw(row)
             unreachable += row not in hidden and bool(path)
             if not _is_name(path.rpartition(b"/")[2]) and path:
@@ -302,24 +302,23 @@ def _is_name(name: bytes) -> bool:
     return 0 < len(name) <= NAME_MAX and name not in (b".", b"..") and b"/" not in name
 
 
-def _strides(offsets: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Runs of rows, of about `_STRIDE_BYTES` of path each."""
-    start, rows = 0, len(offsets) - 1
-    while start < rows:
-        stop = int(np.searchsorted(offsets, offsets[start] + _STRIDE_BYTES, "right")) - 1
-        stop = min(rows, max(stop, start + 1))
-        yield start, stop
-        start = stop
+def _survey(
+    paths: listing.Paths, offsets: npt.NDArray[np.int64], data: npt.NDArray[np.uint8]
+) -> tuple[Words, Words, npt.NDArray[np.int64]]:
+    """Go over a sorted path column once.
 
-
-def _directories(offsets: npt.NDArray[np.int64], data: npt.NDArray[np.uint8]) -> tuple[Words, Words]:
-    """All directories of a sorted path column, and those that an object of the same path may stand before.
-
-    Each as ``row << 32 | length``: the first row below it, and the length of its path, without the slash. Ascending.
+    Returns:
+        All directories, and those that an object of the same path may stand before, each as ``row << 32 | length``:
+        the first row below it, and the length of its path, without the slash. And the rows whose path has a name that
+        is none, but for a path that is empty itself. All ascending.
     """
     found: list[Words] = [np.empty(0, np.uint64)]
     shadows: list[Words] = [np.empty(0, np.uint64)]
-    for start, stop in _strides(offsets):
+    bad: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+    for start in range(0, len(paths), _STRIDE_ROWS):
+        stop = min(len(paths), start + _STRIDE_ROWS)
+        if start and _goes_on(paths, offsets, data, start, stop):
+            continue
         shared = _shared(offsets, data, start, stop)
         slashes = np.flatnonzero(data[offsets[start] : offsets[stop]] == _SLASH) + offsets[start]
         rows = np.searchsorted(offsets[start : stop + 1], slashes, "right") - 1
@@ -329,7 +328,28 @@ def _directories(offsets: npt.NDArray[np.int64], data: npt.NDArray[np.uint8]) ->
         found.append(keys[begins])
         # An object "a" stands before "a/b", and only names that begin with "a" lie between them.
         shadows.append(keys[lengths == shared[rows]])
-    return np.concatenate(found), np.concatenate(shadows)
+        bad.append(_with_bad_names(offsets, data, start, stop))
+    return np.concatenate(found), np.concatenate(shadows), np.concatenate(bad)
+
+
+def _goes_on(
+    paths: listing.Paths, offsets: npt.NDArray[np.int64], data: npt.NDArray[np.uint8], start: int, stop: int
+) -> bool:
+    """Whether rows [start, stop) are files of the directory of the row before, all of ordinary names. May say no.
+
+    What begins with one prefix is one run of rows, so it is enough that the last row does.
+    """
+    before = paths.raw(start - 1)
+    prefix = before[: before.rfind(b"/") + 1]
+    if not paths.raw(stop - 1).startswith(prefix) or not all(map(_is_name, prefix.split(b"/")[:-1])):
+        return False
+    slashes = np.count_nonzero(data[offsets[start] : offsets[stop]] == _SLASH)
+    lengths = np.diff(offsets[start : stop + 1]) - len(prefix)
+    return (
+        slashes == (stop - start) * prefix.count(b"/")
+        and int(lengths.min()) > len(b"..")
+        and int(lengths.max()) <= NAME_MAX
+    )
 
 
 def _shared(
@@ -353,19 +373,18 @@ def _shared(
     return shared
 
 
-def _with_bad_names(offsets: npt.NDArray[np.int64], data: npt.NDArray[np.uint8]) -> list[int]:
-    """The rows whose path has a name that is none, ascending; but for a path that is empty itself."""
-    bad: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
-    for start, stop in _strides(offsets):
-        if start == 0 and offsets[1] == 0:
-            start = 1
-        slashes = np.flatnonzero(data[offsets[start] : offsets[stop]] == _SLASH) + offsets[start]
-        starts = np.sort(np.concatenate([offsets[start:stop], slashes + 1]))
-        ends = np.sort(np.concatenate([offsets[start + 1 : stop + 1], slashes]))
-        lengths = ends - starts
-        is_bad = (lengths > NAME_MAX) | (lengths == 0)
-        for dots in (1, 2):
-            some = np.flatnonzero(lengths == dots)
-            is_bad[some] = (data[starts[some]] == _DOT) & (data[ends[some] - 1] == _DOT)
-        bad.append(np.searchsorted(offsets, starts[is_bad], "right") - 1)
-    return np.unique(np.concatenate(bad)).tolist()
+def _with_bad_names(
+    offsets: npt.NDArray[np.int64], data: npt.NDArray[np.uint8], start: int, stop: int
+) -> npt.NDArray[np.int64]:
+    """The rows of [start, stop) whose path has a name that is none, ascending; but for a path that is empty itself."""
+    if start == 0 and offsets[1] == 0:
+        start = 1
+    slashes = np.flatnonzero(data[offsets[start] : offsets[stop]] == _SLASH) + offsets[start]
+    starts = np.sort(np.concatenate([offsets[start:stop], slashes + 1]))
+    ends = np.sort(np.concatenate([offsets[start + 1 : stop + 1], slashes]))
+    lengths = ends - starts
+    is_bad = (lengths > NAME_MAX) | (lengths == 0)
+    for dots in (1, 2):
+        some = np.flatnonzero(lengths == dots)
+        is_bad[some] = (data[starts[some]] == _DOT) & (data[ends[some] - 1] == _DOT)
+    return np.unique(np.searchsorted(offsets, starts[is_bad], "right") - 1)

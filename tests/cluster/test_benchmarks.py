@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import cold, mounts, other_node, prefetch, same_node
+from benchmarks import cold, mounted, mounts, other_node, prefetch, same_node
 from benchmarks.harness import Outcome, Series, Spread, Turn, cpu_seconds, percentile
 from benchmarks.report import Findings
 from benchmarks.stage import TINY, scale
@@ -161,3 +161,18 @@ def test_loaders_runs_tiny(tmp_path: Path) -> None:
         assert set(each["contenders"]) == {"files", "gathered", "stream", "samples"}
         assert set(each["skipped"]) == {"mosaic", "webdataset", "datasets"}
         assert all(one["cpu_s_per_gb"] > 0 for one in each["contenders"].values())
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="mounting takes root and /dev/fuse")
+def test_mounted_runs_tiny(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.mounted", "--tiny", "--workdir", str(tmp_path)]
+    command += ["--json", str(tmp_path / "mounted.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "mounted.json").read_text())
+    assert [line["what"] for line in result["lines"]] == list(mounted.TARGETS)
+    assert all(line["ratio"] > 0 and line["what"] in done.stdout for line in result["lines"])
+    assert result["reports"]["large"]["opens_passthrough"] > 0
+    assert result["reports"]["small"]["opens_silently"]
+    assert "MISSED" not in done.stdout, "a tiny run judges nothing"
+    assert {path.name for path in tmp_path.iterdir()} == {"mounted.json"}

@@ -1,0 +1,205 @@
+"""What is fetched ahead, and what is held of it."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.errors import NodeUnavailable, OriginChanged, OriginDenied
+from shoal.reader import ObjectReader
+from shoal.shards import Piece
+from shoal_csi import failures
+from shoal_csi.readahead import MAX_WINDOW, MIN_WINDOW, Readahead, Window
+from shoal_csi.reads import Reads
+from tests.support.waiting import wait_for
+
+MIB = 1 << 20
+SIZE = 100 * MIB
+
+
+def test_a_head_and_a_foot_fetch_nothing_more() -> None:
+    ahead = Readahead(SIZE)
+    assert ahead.observe(0, 4096) == []
+    assert ahead.observe(SIZE - 4096, SIZE) == []
+
+
+def test_windows_double_and_end_where_parts_do() -> None:
+    ahead = Readahead(SIZE)
+    assert ahead.observe(0, MIB // 4) == []
+    windows: list[Window] = []
+    for start in range(MIB // 4, 60 * MIB, MIB // 4):
+        windows += ahead.observe(start, start + MIB // 4)
+    assert windows[0].start == MIB // 2
+    assert [window.start for window in windows[1:]] == [window.end for window in windows[:-1]], "no gap, no overlap"
+    lengths = [window.end - window.start for window in windows]
+    assert max(lengths) == MAX_WINDOW
+    assert lengths[-1] == MAX_WINDOW
+    assert all(window.start % MAX_WINDOW == 0 for window in windows if window.end - window.start == MAX_WINDOW)
+
+
+@given(st.lists(st.tuples(st.integers(0, SIZE - 1), st.sampled_from([1, 4096, 128 << 10, MIB])), max_size=30))
+def test_nothing_is_fetched_for_scattered_reads(reads: list[tuple[int, int]]) -> None:
+    ahead, ends = Readahead(SIZE), set()
+    for start, length in reads:
+        if start in ends:
+            continue
+        assert ahead.observe(start, min(SIZE, start + length)) == []
+        ends.add(min(SIZE, start + length))
+
+
+@given(st.permutations(range(8)), st.integers(1, 40))
+def test_requests_out_of_order_are_one_stream(order: list[int], rounds: int) -> None:
+    """The kernel sends a few requests of one stream at the same time."""
+    ahead, step = Readahead(SIZE), 128 << 10
+    ahead.observe(0, step)
+    fetched, reach = ahead.observe(step, 2 * step), 2 * step
+    for number in range(rounds):
+        for each in order:
+            start = (2 + 8 * number + each) * step
+            fetched += ahead.observe(start, start + step)
+            reach = max(reach, start + step)
+            assert fetched[-1].end - reach <= 2 * MAX_WINDOW
+    assert [window.start for window in fetched[1:]] == [window.end for window in fetched[:-1]]
+
+
+def test_windows_end_with_the_object() -> None:
+    ahead = Readahead(3 * MIB + 5)
+    ahead.observe(0, MIB)
+    windows = ahead.observe(MIB, 2 * MIB)
+    assert windows[-1].end == 3 * MIB + 5
+    assert ahead.observe(2 * MIB, 3 * MIB + 5) == []
+
+
+def test_streams_beside_each_other() -> None:
+    ahead = Readahead(SIZE)
+    for start in (0, 50 * MIB):
+        assert ahead.observe(start, start + MIN_WINDOW) == []
+    for step in range(1, 4):
+        for start in (0, 50 * MIB):
+            found = ahead.observe(start + step * MIN_WINDOW, start + (step + 1) * MIN_WINDOW)
+            assert all(start < window.start < start + 50 * MIB for window in found)
+            assert found or step > 1
+
+
+class Source:
+    """Readers of objects that are known by heart, and that may hang or fail."""
+
+    def __init__(self, size_bytes: int = 24 * MIB) -> None:
+        self.size_bytes = size_bytes
+        self.asked: list[tuple[int, int, int]] = []
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+        self.fails_from = size_bytes  # reads of more than this many bytes raise
+
+    def reader(self, row: int) -> ObjectReader:
+        source = self
+
+        class Reader:
+            size_bytes = source.size_bytes
+
+            def __init__(self) -> None:
+                self.row = row
+
+            def pieces(self, start: int, end: int) -> list[Piece]:
+                return [Piece(0, start, end)]
+
+            def mapped(self, piece: Piece) -> None:
+                return None
+
+            def read_buffer(self, start: int, end: int) -> pa.Buffer:
+                source.may_go_on.wait(20)
+                source.asked.append((row, start, end))
+                if end - start > source.fails_from:
+                    raise NodeUnavailable("nobody")
+                return pa.py_buffer(content(row, start, end))
+
+        reader: Any = Reader()
+        return reader  # type: ignore[no-any-return]
+
+
+def content(row: int, start: int, end: int) -> bytes:
+    first, last = start // 8, -(-end // 8)
+    words = b"".join((row << 32 | word).to_bytes(8, "little") for word in range(first, last))
+    return words[start - first * 8 : end - first * 8]
+
+
+def got(reads: Reads, row: int, start: int, end: int) -> bytes:
+    found: list[bytes] = []
+    reads.read(row, start, end, lambda buffers: found.extend(buffer.to_pybytes() for buffer in buffers))
+    return b"".join(found)
+
+
+STEP = 64 << 10
+
+
+def test_bytes_come_right_through_windows_and_past_them() -> None:
+    source = Source(4 * MIB + 77)
+    reads = Reads(source.reader)
+    for start in range(0, source.size_bytes, STEP):
+        end = min(source.size_bytes, start + STEP)
+        assert got(reads, 3, start, end) == content(3, start, end)
+    assert reads.ahead_bytes > 3 * MIB
+    assert got(reads, 3, MIB - 10, MIB + STEP) == content(3, MIB - 10, MIB + STEP)
+    reads.forget(3)
+    wait_for(lambda: reads.window_bytes == 0)
+    reads.close()
+
+
+def test_windows_hold_no_more_than_they_may() -> None:
+    """Of many objects at once, while none of the windows comes."""
+    source, limit = Source(), 6 * MIB
+    reads = Reads(source.reader, limit)
+    for row in range(20):
+        assert got(reads, row, 0, STEP) == content(row, 0, STEP)
+    source.may_go_on.clear()
+    with ThreadPoolExecutor(20) as pool:
+        waiting = [pool.submit(got, reads, row, STEP, 2 * STEP) for row in range(20)]
+        wait_for(lambda: reads.window_bytes > limit - 2 * MIB)
+        for row in range(20):
+            reads.forget(row)
+        assert reads.window_bytes > limit - 2 * MIB, "what is on its way counts until it is here"
+        source.may_go_on.set()
+        assert [future.result(20) for future in waiting] == [content(row, STEP, 2 * STEP) for row in range(20)]
+    wait_for(lambda: reads.window_bytes == 0)
+    assert reads.most_window_bytes <= limit
+    reads.close()
+
+
+def test_room_is_made_of_the_windows_used_longest_ago() -> None:
+    source, limit = Source(), 4 * MIB
+    reads = Reads(source.reader, limit)
+    for row in range(6):
+        for start in range(0, 4 * STEP, STEP):
+            assert got(reads, row, start, start + STEP) == content(row, start, start + STEP)
+        wait_for(lambda row=row: reads.is_at_hand(row, 4 * STEP, 5 * STEP))  # type: ignore[misc]
+    assert not reads.is_at_hand(0, 4 * STEP, 5 * STEP)
+    assert 0 < reads.most_window_bytes <= limit
+    reads.close()
+
+
+def test_a_window_that_fails_is_no_failure() -> None:
+    source = Source()
+    source.fails_from = STEP
+    reads = Reads(source.reader)
+    for start in range(0, 10 * STEP, STEP):
+        assert got(reads, 1, start, start + STEP) == content(1, start, start + STEP)
+    with pytest.raises(NodeUnavailable):
+        got(reads, 2, 0, 2 * STEP)
+    reads.close()
+
+
+def test_errnos() -> None:
+    changed = OriginChanged("x changed: run 'shoal dataset refresh set'")
+    assert failures.errno_of(changed) == 116
+    assert failures.errno_of(OriginDenied("no")) == 13
+    assert failures.errno_of(NodeUnavailable("gone")) == 5
+    told = failures.sentence("a/b", "set", changed)
+    assert "'a/b' of dataset set" in told
+    assert "ESTALE" in told
+    assert "mount again" in told
