@@ -61,6 +61,8 @@ def listed() -> list[dict[str, Any]]:
 def unmount(mountpoint: str, *, lazy: bool) -> dict[str, Any]:
     """Unmount, and wait until nobody serves it any more; with `lazy` only until it is no longer there.
 
+    A mount that is also seen elsewhere, by a bind mount or in another mount namespace, is served on for that.
+
     Raises:
         ShoalError: it is no mount of Shoal's; it is in use, with by whom; it may not be unmounted.
     """
@@ -74,7 +76,9 @@ def unmount(mountpoint: str, *, lazy: bool) -> dict[str, Any]:
     record = rundir.read(directory)
     if record is not None and record.device != there.device:
         record = None
-    how = "unmounted"
+    # Asked before: one whose mount is seen elsewhere, too, lives on, and is no longer found by this name.
+    is_supervised = rundir.has_supervisor(directory)
+    how, is_cut_off = "unmounted", False
     try:
         _unmount_soon(path, lazy=lazy)
         how = "detached" if lazy else how
@@ -86,9 +90,11 @@ def unmount(mountpoint: str, *, lazy: bool) -> dict[str, Any]:
             if outcome is Outcome.ANSWERED:
                 raise ShoalError(_busy(path, there.device)) from None
             places.force_away(path, is_alive=False)
-            how = "cut off, because it did not answer"
-    if not lazy:
-        _wait_until_gone(directory, record)
+            how, is_cut_off = "cut off, because it did not answer", True
+    if not lazy and is_supervised:
+        _wait_while(lambda: rundir.has_supervisor(directory), GONE_WITHIN_S)
+    elif not lazy and record is not None:
+        _end_orphan(directory, record, is_cut_off=is_cut_off)
     return {"mountpoint": path, "source": there.source, "how": how}
 
 
@@ -162,17 +168,18 @@ def _unmount_soon(path: str, *, lazy: bool) -> None:
         time.sleep(_AGAIN_S)
 
 
-def _wait_until_gone(directory: Path, record: Record | None) -> None:
-    """Wait for the processes of a mount that is gone; a daemon that nobody supervises and that hangs is killed."""
-    _wait_while(lambda: rundir.has_supervisor(directory), GONE_WITHIN_S)
-    if record is None or record.daemon is None:
-        return
+def _end_orphan(directory: Path, record: Record, *, is_cut_off: bool) -> None:
+    """Wait for the daemon of a mount that nobody supervised; kill it where it hangs.
+
+    One that does not end and does not hang serves the same mount elsewhere.
+    """
     daemon = record.daemon
-    if not rundir.has_supervisor(directory):
+    if daemon is not None:
         _wait_while(lambda: daemon.is_running, ORPHAN_WITHIN_S)
-        places.kill_orphan(record)
-        _wait_while(lambda: daemon.is_running, ORPHAN_WITHIN_S)
-        rundir.forget(directory)
+        if is_cut_off or rundir.is_stopped(daemon.pid):
+            places.kill_orphan(record)
+            _wait_while(lambda: daemon.is_running, ORPHAN_WITHIN_S)
+    rundir.forget(directory)
 
 
 def _wait_while(condition: Callable[[], bool], within_s: float) -> None:

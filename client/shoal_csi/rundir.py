@@ -238,6 +238,13 @@ def started(pid: int) -> int:
     return 0
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether somebody stopped a process (SIGSTOP, a debugger)."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0] in "Tt"
+    return False
+
+
 def _is_locked(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

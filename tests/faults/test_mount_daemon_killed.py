@@ -6,6 +6,7 @@ the daemon or, where the kernel reads sealed files by itself, from a descriptor 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -68,6 +69,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path, directory_origin: dict
 
 def _read_on(world: World, seed: int, is_over: Any, say: Say) -> Heard:
     """Read ranges of files until it is over, now of one that stays open, now of one opened for it."""
+    faulthandler.cancel_dump_traceback_later()  # a long test is no hang
     draw, root = random.Random(seed), Path(world.place.mountpoint)
     names = sorted(world.objects)
     kept = {name: os.open(root / name, os.O_RDONLY) for name in names[:4]}

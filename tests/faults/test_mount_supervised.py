@@ -345,6 +345,23 @@ def test_unmount_says_who_is_in_the_way_and_lazily_lets_them_be(place: Place) ->
     assert "nothing is mounted" in place.unmount().stderr
 
 
+def test_unmounted_where_it_is_seen_elsewhere_it_is_served_on(place: Place) -> None:
+    supervisor = place.mount()
+    daemon = place.daemon_pid
+    elsewhere = place.directory / "elsewhere"
+    elsewhere.mkdir()
+    subprocess.run(["mount", "--bind", place.mountpoint, elsewhere], check=True)
+    try:
+        assert place.unmount().returncode == 0
+        assert not place.is_mounted()
+        assert supervisor.poll() is None and daemon in place.processes()
+        assert (elsewhere / "f0").read_bytes() == FIRST
+    finally:
+        kernel.unmount(str(elsewhere), lazy=True)
+    assert supervisor.wait(20) == 0
+    assert place.processes() == []
+
+
 # The supervisor ends.
 
 
@@ -387,18 +404,20 @@ def test_supervisor_killed_and_then_its_daemon(place: Place) -> None:
     assert read(place) == FIRST and len(place.listed()) == 1
 
 
-@pytest.mark.parametrize("how", ["lives", "killed", "stopped"])
+@pytest.mark.parametrize("how", ["lives", "killed", "stopped", "stopped-while-it-reads"])
 def test_unmount_without_a_supervisor(place: Place, how: str) -> None:
     place.mount().kill()
     with ThreadPoolExecutor(1) as pool:
         if how == "killed":
             place.kill_daemon()
         elif how == "stopped":
+            place.kill_daemon(number=signal.SIGSTOP)
+        elif how == "stopped-while-it-reads":
             (place.steps / "stop-read").touch()
             waiting = pool.submit(read, place)
             wait_for(lambda: is_stopped(place.daemon_pid))
         assert place.unmount().returncode == 0
-        if how == "stopped":
+        if how == "stopped-while-it-reads":
             with pytest.raises(AssertionError, match=os.strerror(errno.ECONNABORTED)):
                 waiting.result()
     assert not place.is_mounted() and place.processes() == [] and place.listed() == []
