@@ -126,7 +126,7 @@ def test_the_last_holder_of_a_map_unmaps_it(descriptor: int, tmp_path: Path) -> 
 
 def test_what_cannot_be_mapped_is_not_kept(descriptor: int, tmp_path: Path) -> None:
     cache = Maps()
-    with pytest.raises(OSError, match="shorter than its shard"):
+    with pytest.raises(OSError, match="shorter than what is to be mapped"):
         cache.add(shard(1), descriptor, 10_001)
     unreadable = os.open(tmp_path, os.O_RDONLY)
     with pytest.raises(OSError):
