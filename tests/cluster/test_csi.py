@@ -29,7 +29,8 @@ from tests.support import csi
 from tests.support.csi import Driver, Mode, Place, again, code_of, driver, files_in
 from tests.support.waiting import wait_for
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
+# Its processes take minutes of two cores.
+pytestmark = [pytest.mark.long, pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")]
 
 Code = grpc.StatusCode
 FILES = {"train/0.bin": b"zero", "train/1.bin": b"one" * 1000, "val/odd name.txt": b"", "top": b"t"}

@@ -21,7 +21,7 @@ from tests.support.mounting import STAND_IN, Place, wants_fuse
 from tests.support.processes import is_stopped
 from tests.support.waiting import wait_for
 
-pytestmark = wants_fuse
+pytestmark = [pytest.mark.long, wants_fuse]  # its processes take minutes of two cores
 
 OBJECTS = {"train/0.bin": os.urandom(300_000), "train/1.bin": b"one", "test/0.bin": b"zero"}
 

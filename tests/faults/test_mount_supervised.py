@@ -25,7 +25,7 @@ from tests.support.mounting import STAND_IN, Place, wants_fuse
 from tests.support.processes import Child, Say, is_stopped, stopped
 from tests.support.waiting import wait_for
 
-pytestmark = wants_fuse
+pytestmark = [pytest.mark.long, wants_fuse]  # its processes take minutes of two cores
 
 FIRST = fuse_stand_in.content(0)
 
