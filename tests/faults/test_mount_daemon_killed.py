@@ -29,7 +29,7 @@ from tests.support.processes import Child, Say
 from tests.support.readers import SANE_S, Heard, Read, Stalls, report, within, worst_ms
 from tests.support.waiting import wait_for
 
-pytestmark = wants_fuse
+pytestmark = [pytest.mark.long, wants_fuse]  # its processes take minutes of two cores
 
 DAEMON = "shoal_csi.daemon"
 READERS = 8
