@@ -108,11 +108,14 @@ def read_table(name: str, buffers: Sequence[pa.Buffer], columns: Sequence[str] |
                 source.seek(0)
                 opened = open_reader(source, options=pa.ipc.IpcReadOptions(included_fields=indexes))
         table = opened.read_all()
-    except (pa.ArrowException, OSError) as error:  # OSError: what Arrow raises for a message that is cut short
+        found = table.columns  # here, because names that are no text are refused only when they are looked at
+    # OSError: what Arrow raises for a message that is cut short.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{name} is no Arrow IPC file or stream ({error}): open it as what it is") from error
     if columns is not None:
         table = table.select(list(columns))
-    if not all(joined.has(column) for column in table.columns):
+        found = table.columns
+    if not all(map(joined.has, found)):
         warnings.warn(
             f"{name}: its record batches are compressed, so this table is a decompressed copy in memory; write "
             "the file without compression to have it mapped",

@@ -319,6 +319,13 @@ def test_damaged_data_is_an_invalid_request_or_a_table(data: st.DataObject) -> N
             assert isinstance(found, pa.Table)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_that_is_no_text_is_an_invalid_request(kind: str) -> None:
+    raw = ipc(TABLE.slice(0, 20).select(["id", "text"]), kind).replace(b"text", b"\xebext")
+    with pytest.raises(InvalidRequest, match="x is no Arrow IPC file or stream"):
+        arrow.read_table("x", [pa.py_buffer(raw)], None)
+
+
 # Through Arrow's own readers
 
 
