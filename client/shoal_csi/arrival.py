@@ -21,6 +21,7 @@ from shoal.errors import ShoalError
 from shoal_csi import handover, kernel, places, rundir, states
 from shoal_csi.handover import Held
 from shoal_csi.journal import Journal
+from shoal_csi.mount_table import MountTable
 from shoal_csi.rundir import Claim, Record
 
 
@@ -72,7 +73,7 @@ def prepare(options: Options, journal: Journal) -> Found:
     try:
         return _without_supervisor(options, claim, journal)
     except BaseException:
-        claim.release(forget=kernel.find(options.mountpoint) is None)
+        claim.release(forget=MountTable.now().at(options.mountpoint) is None)
         raise
 
 
@@ -93,13 +94,11 @@ def _from_supervisor(options: Options) -> Found:
 
 def _without_supervisor(options: Options, claim: Claim, journal: Journal) -> Found:
     record = rundir.read(claim.directory)
-    there = kernel.find(options.mountpoint)
+    there = MountTable.now().at(options.mountpoint)
     notes = []
     if there is not None:
-        if there.fs_type != kernel.FS_TYPE:
-            raise ShoalError(
-                f"{options.mountpoint} is already a mount, of type {there.fs_type}: name another directory"
-            )
+        if there.kind != kernel.FS_TYPE:
+            raise ShoalError(f"{options.mountpoint} is already a mount, of type {there.kind}: name another directory")
         if record is not None and record.device != there.device:
             record = None
         held = None if record is None or not _is_wanted(record, options) else _of_orphan(record, journal)

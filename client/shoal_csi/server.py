@@ -226,7 +226,7 @@ class Server:
             log.warning("the kernel sent %s", error)
             if unique:
                 self._reply(protocol.pack_error(unique, errno.EINVAL))
-        except Exception:
+        except Exception:  # one request's surprise must not end the thread that takes the others
             log.exception("a request could not be answered")
             self._reply(protocol.pack_error(unique, errno.EIO))
         else:
@@ -262,7 +262,7 @@ class Server:
         except ShoalError as error:
             log.error("%s", failures.sentence(self._tree.path(inode), self._served.record.name, error))
             self._finish(unique, errno_=failures.errno_of(error))
-        except Exception:
+        except Exception:  # else its reader would wait for ever
             log.exception("a request could not be answered")
             self._finish(unique, errno_=errno.EIO)
 

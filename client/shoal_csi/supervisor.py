@@ -36,6 +36,7 @@ from shoal_csi.arrival import Found, Options
 from shoal_csi.daemons import DaemonProcess
 from shoal_csi.handover import Held
 from shoal_csi.journal import Journal
+from shoal_csi.mount_table import MountTable
 from shoal_csi.probing import Outcome, Probe
 from shoal_csi.rundir import Record
 from shoal_csi.states import Phase, State
@@ -353,7 +354,8 @@ class Supervisor:
 
     def _is_mounted(self) -> bool:
         return any(
-            mount.device == self._device and mount.mountpoint == self._options.mountpoint for mount in kernel.mounts()
+            mount.device == self._device and mount.mountpoint == self._options.mountpoint
+            for mount in MountTable.now().of_kind(kernel.FS_TYPE)
         )
 
     def _unmount(self) -> None:
@@ -376,7 +378,7 @@ class Supervisor:
             kernel.mount(self._fuse_fd, options.mountpoint, f"shoal:{options.dataset}", allow_other=options.allow_other)
         except OSError as error:
             return states.MountRefused(places.refusal(options.mountpoint, error))
-        made = kernel.find(options.mountpoint)
+        made = MountTable.now().at(options.mountpoint)
         self._device = made.device if made is not None else ""
         return states.Mounted()
 

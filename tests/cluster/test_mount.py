@@ -26,6 +26,7 @@ import pytest
 from shoal.cli.control import Control
 from shoal.devcluster import DevCluster
 from shoal_csi import kernel
+from shoal_csi.mount_table import MountTable
 from tests.cluster.conftest import filesystem
 from tests.support.mounted import DEADLINE_S, Mounted
 from tests.support.processes import Child, stopped
@@ -454,14 +455,14 @@ def test_the_server_ends_with_its_mount(filled: Dataset) -> None:
         with (mount.path / "empty").open("rb"), pytest.raises(OSError, match="busy"):
             kernel.unmount(str(mount.path), lazy=False)
         assert mount.unmount() == 0
-        assert kernel.find(str(mount.path)) is None
+        assert MountTable.now().at(str(mount.path)) is None
 
 
 def test_a_mount_whose_server_is_dead_is_unmounted(filled: Dataset) -> None:
     with Mounted(filled.name, filled.cluster.environment()) as mount:
         mount.kill()
         kernel.unmount(str(mount.path), lazy=False)
-        assert kernel.find(str(mount.path)) is None
+        assert MountTable.now().at(str(mount.path)) is None
 
 
 # When bytes cannot be had
