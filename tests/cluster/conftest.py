@@ -8,21 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
-from shoal import watch
 from shoal.cli.control import Control
 from shoal.devcluster import DevCluster
 from shoal.filesystem import ShoalFileSystem
 from tests.support.weed import Weed
 
 _names = itertools.count()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _patient() -> Iterator[None]:
-    """No node here is grey: where one is late, in this process too, a second one that is asked would fill the same."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(watch, "HASTY_S", 20.0)
-        yield
 
 
 @pytest.fixture(scope="session")
