@@ -2,7 +2,7 @@
 
 Only where the connection is set up, so INIT is not among them. A RELEASE is left to the next daemon, which counts who
 has a file open: nobody waits for its answer, and without it the file would be open for good, and its backing file with
-it.
+it. Where as many of them are left as the kernel has in the background at a time, reads into the page cache wait, too.
 
 The rule: exactly one answer for each request that somebody waits for.
 """
