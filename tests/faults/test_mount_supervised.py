@@ -299,6 +299,28 @@ def test_an_upgrade_whose_command_is_interrupted_leaves_the_mount(place: Place) 
     place.wait_for_state("serving")
 
 
+#: A process that may not take descriptors from others.
+UNABLE = ("setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace")
+
+
+def test_an_upgrade_that_cannot_have_the_descriptors_leaves_the_mount(place: Place) -> None:
+    place.mount().kill()
+    words = ("--mountpoint", place.mountpoint, "--take-over", "--background")
+    command = [*UNABLE, sys.executable, "-m", "shoal_csi.supervisor", *words]
+    done = subprocess.run(command, env=place.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "can be taken over" in done.stderr, done
+    assert read(place) == FIRST
+
+
+def test_what_is_mounted_anew_is_as_private_as_before(place: Place) -> None:
+    place.mount("--no-allow-other").kill()
+    command = [*UNABLE, sys.executable, "-m", "shoal_csi.mounts", "recover"]
+    subprocess.run(command, env=place.environment, check=True)
+    wait_for(lambda: len(place.listed()) == 1 and place.listed()[0]["state"] == "serving")
+    (line,) = (line for line in Path("/proc/mounts").read_text().splitlines() if place.mountpoint in line)
+    assert "default_permissions" in line and "allow_other" not in line
+
+
 # It is unmounted.
 
 
