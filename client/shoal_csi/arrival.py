@@ -105,10 +105,11 @@ def _without_supervisor(options: Options, claim: Claim, journal: Journal) -> Fou
         if record is not None and held is not None:
             note = f"the supervisor of {options.mountpoint} was dead: took the mount over with its daemon"
             return _adopted(options, claim, held, record, note)
-        notes.append(places.detach_stale(there, record))
-    if options.take_over:
+        if not options.take_over:
+            notes.append(places.detach_stale(there, record))
+    if options.take_over:  # what is there stays, whatever it is
         raise ShoalError(
-            f"nothing of Shoal's is mounted at {options.mountpoint} to be taken over: 'shoal mount' lists what is"
+            f"no mount of Shoal's can be taken over at {options.mountpoint}: 'shoal mount' lists those that live"
         )
     places.check(options.mountpoint)
     held = Held(places.open_device(), os.memfd_create("shoal-mount"), None)

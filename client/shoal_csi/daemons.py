@@ -6,6 +6,7 @@ The rule: it is known by a pidfd, so that no signal ever reaches a later process
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -66,7 +67,11 @@ class DaemonProcess:
     @classmethod
     def adopted(cls, known: Daemon, ready_fd: int) -> DaemonProcess:
         """One that another supervisor started. Raises OSError: it has ended."""
-        return cls(known, ready_fd, None, -1)
+        daemon = cls(known, ready_fd, None, -1)
+        if not known.is_running:  # looked at once the pidfd is there: it is of this process or of a later one
+            os.close(daemon.pidfd)
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        return daemon
 
     def go(self) -> bool:
         """Let it serve; whether it still lives to do so."""

@@ -233,6 +233,7 @@ def _stranger(mount: Mount) -> dict[str, Any]:
 
 def _supervise(record: Record) -> None:
     command = [sys.executable, "-m", "shoal_csi.supervisor", "--mountpoint", record.mountpoint]
+    command += [] if record.allow_other else ["--no-allow-other"]  # where it has to be mounted anew
     command += ["--dataset", record.dataset, "--subpath", record.subpath, "--endpoint", record.endpoint]
     command += ["--daemon-module", record.daemon_module, "--background"]
     subprocess.Popen(

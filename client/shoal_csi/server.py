@@ -57,6 +57,9 @@ PASSTHROUGH_FROM = 128 << 10
 #: Objects up to this size are opened silently, where they are most of a dataset's bytes.
 SMALL_BYTES = 1 << 20
 
+#: A request whose reader got a signal is looked at so often: the kernel tells of the first one alone, and not when a
+#: later one is the last.
+_INTERRUPTED_AGAIN_S = 1.0
 _BUFFER_BYTES = 64 << 10
 _SIGKILL_BIT = 1 << 8
 #: Of a request whose answer is being written; no thread has this id.
@@ -121,8 +124,9 @@ class Server:
         self.opens = Opens(state, self._close_backing)
         self.reads = Reads(served.reader_of, window_bytes)
         self._waiters = Threads(WAITERS, "shoal-mount-wait")
-        self._lock = threading.Lock()  # guards _waiting and _ended
+        self._lock = threading.Lock()  # guards _waiting, _interrupts and _ended
         self._waiting: dict[int, int] = {}  # unique to thread id of those whose answers the pool gives
+        self._interrupts: list[int] = []  # that are to be had again
         self._ended = 0
         self._is_stopping = False
         self._busy = [False] * takers
@@ -378,7 +382,21 @@ class Server:
         pid = self._waiting.get(unique, _CLAIMED)
         if pid != _CLAIMED and _is_killed(pid):
             self._finish(unique, errno_=errno.EINTR)
+            return None
+        with self._lock:
+            self._interrupts.append(header.unique)
+            is_first = len(self._interrupts) == 1
+        if is_first:
+            timer = threading.Timer(_INTERRUPTED_AGAIN_S, self._have_interrupts_again)
+            timer.daemon = True
+            timer.start()
         return None
+
+    def _have_interrupts_again(self) -> None:
+        with self._lock:
+            interrupts, self._interrupts = self._interrupts, []
+        for unique in interrupts:  # of a request that was answered meanwhile the kernel knows no more
+            self._reply(protocol.pack_error(unique, errno.EAGAIN))
 
     # Attributes
 

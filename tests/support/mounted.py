@@ -89,6 +89,11 @@ class Mounted:
         return ready
 
     @property
+    def fd(self) -> int:
+        """The connection."""
+        return self._fd
+
+    @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid

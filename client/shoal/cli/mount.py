@@ -91,7 +91,7 @@ def mount(
     if foreground:
         command += ["--announce", "json" if as_json else "text"]
         os.execve(command[0], command, _environment())
-    said = _start([*command, "--background"])
+    said = _start([*command, "--background"], is_new=not upgrade)
     for note in said["notes"]:
         output.remark(note)
     if as_json:
@@ -141,8 +141,12 @@ def _resolve(name: str, subpath: str, endpoint: str | None) -> tuple[str, str]:
 # The programs.
 
 
-def _start(command: Sequence[str]) -> Json:
+def _start(command: Sequence[str], *, is_new: bool) -> Json:
     """Start a supervisor, and return what it says when the mount answers.
+
+    Args:
+        is_new: of a mount that nobody uses yet: it is taken away again where it does not answer, or where this command
+            is interrupted. One that was there before stays, and its new supervisor goes on.
 
     Raises:
         ShoalError: it ended before that, with its own sentence, or took too long.
@@ -157,10 +161,15 @@ def _start(command: Sequence[str]) -> Json:
     )
     with _stopped_unless_done(process) as done:
         assert process.stdout is not None and process.stderr is not None
-        line = _line_within(process.stdout, MOUNT_WITHIN_S)
+        if not is_new:
+            done.append(True)
+        try:
+            line = _line_within(process.stdout, MOUNT_WITHIN_S)
+        except TimeoutError as error:
+            rest = "and was taken away again" if is_new else "and is worked on: 'shoal mount' says how it fares"
+            raise ShoalError(f"the mount did not answer within {MOUNT_WITHIN_S:.0f} s, {rest}") from error
         if line.startswith(b"ready "):
             done.append(True)
-            process.returncode = 0  # it lives on; Python need not warn of that
             return json.loads(line.removeprefix(b"ready "))  # type: ignore[no-any-return]
         if line:
             raise ShoalError(f"the mount's supervisor said {line.decode()!r}: is it of another version?")
@@ -173,7 +182,9 @@ def _stopped_unless_done(process: subprocess.Popen[bytes]) -> Iterator[list[bool
     try:
         yield done
     finally:
-        if not done:
+        if done:
+            process.returncode = 0  # it lives on; Python need not warn of that
+        else:
             process.terminate()
             try:
                 process.wait(STOP_WITHIN_S)
@@ -182,12 +193,12 @@ def _stopped_unless_done(process: subprocess.Popen[bytes]) -> Iterator[list[bool
 
 
 def _line_within(stream: IO[bytes], within_s: float) -> bytes:
-    """The first line; b"" where the stream ends without one. Raises ShoalError: neither came."""
+    """The first line; b"" where the stream ends without one. Raises TimeoutError: neither came."""
     deadline, heard = time.monotonic() + within_s, b""
     while not heard.endswith(b"\n"):
         ready, _, _ = select.select([stream], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise ShoalError(f"the mount did not answer within {within_s:.0f} s, and was taken away again")
+            raise TimeoutError
         more = os.read(stream.fileno(), 1 << 16)
         if not more:
             return b""
