@@ -681,7 +681,7 @@ def outcomes(root: Path, user: int) -> dict[str, str]:
         found = {}
         for what, call in WRITES.items():
             try:
-                call(root / "text/0/0.txt", root / "text/new", root / "text")
+                call(root / "text/0/0.txt", root / "new", root / "text")
                 found[what] = "done"
             except OSError as error:
                 found[what] = errno.errorcode[error.errno or 0]
