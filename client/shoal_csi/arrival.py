@@ -41,6 +41,7 @@ class Options:
     watch: float
     refuse_after: int
     daemon_module: str
+    timeout: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,7 @@ def _adopted(options: Options, claim: Claim, held: Held, record: Record, note: s
         subpath=record.subpath,
         endpoint=options.endpoint or record.endpoint,
         allow_other=record.allow_other,
+        timeout=options.timeout or record.timeout_s,
     )
     event = states.Adopted(held.ready_fd is not None, record.restarts, record.is_established)
     return Found(options, claim, held, record, event, (note,))

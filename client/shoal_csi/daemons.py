@@ -50,7 +50,9 @@ class DaemonProcess:
                 stdout=says_fd,
                 # Its own end of the pipe, too: without a supervisor it must not fail at saying that it is ready.
                 pass_fds=(fuse_fd, state_fd, ready_fd),
-                process_group=0,  # Ctrl-C is for the supervisor
+                # Ctrl-C is for the supervisor. A process group of its own would be enough for that, but in a session of
+                # ours the kernel hangs up (SIGHUP) one that is stopped when we end, and the mount would end with us.
+                start_new_session=True,
             )
         except OSError:
             os.close(ready_fd)

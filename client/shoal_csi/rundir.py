@@ -70,6 +70,7 @@ class Record:
         since: seconds since the epoch, of this state.
         log: file that the processes write to; "" where that is no file.
         daemon_module: what ``python -m`` runs.
+        timeout_s: that one read may take; 0: what the daemon takes by itself. Records of before have none.
     """
 
     mountpoint: str
@@ -89,6 +90,7 @@ class Record:
     since: float
     log: str
     daemon_module: str
+    timeout_s: float = 0.0
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

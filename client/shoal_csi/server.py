@@ -47,8 +47,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Threads that take requests, and threads that wait for nodes. Each of the latter holds one READ.
-TAKERS, WAITERS = 4, 16
+#: Threads that take requests, and threads that wait for nodes. Each of the latter holds one READ, and as many as the
+#: kernel sends at a time may wait for an origin that hangs, without those that need it not waiting for a thread.
+TAKERS, WAITERS = 4, 64
 #: The largest READ, in pages, and in bytes what the kernel may read ahead.
 MAX_PAGES = 256
 MAX_READAHEAD = 4 << 20
@@ -344,8 +345,9 @@ class Server:
         if self.reads.is_at_hand(row, offset, end):
             self.reads.read(row, offset, end, lambda buffers: self._reply_buffers(unique, buffers))
             return None
-        job = lambda: self.reads.read(row, offset, end, lambda buffers: self._finish(unique, buffers))  # noqa: E731
-        self._later(header, header.node, job)
+        since = time.monotonic()
+        send = lambda buffers: self._finish(unique, buffers)  # noqa: E731
+        self._later(header, header.node, lambda: self.reads.read(row, offset, end, send, since))
         return None
 
     def _row(self, inode: int) -> int:

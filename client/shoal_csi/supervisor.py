@@ -236,6 +236,7 @@ class Supervisor:
         args = ["--dataset", options.dataset]
         args += ["--subpath", options.subpath] if options.subpath else []
         args += ["--endpoint", options.endpoint] if options.endpoint else []
+        args += ["--timeout", f"{options.timeout:g}"] if options.timeout else []
         return DaemonProcess.spawn(
             options.daemon_module, args, self._fuse_fd, self._state_fd, oom_score_adj=_OOM_SCORE_ADJ_BEFORE
         )
@@ -439,6 +440,7 @@ class Supervisor:
             since=self._since,
             log=self._journal.path,
             daemon_module=options.daemon_module,
+            timeout_s=options.timeout,
         )
 
     def _hand_over(self) -> None:
@@ -503,6 +505,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     refuse_help = "daemons that may fail in a row until requests fail, too; 0: they wait for good"
     parser.add_argument("--refuse-after", type=int, default=states.FAILURES_TO_REFUSE, help=refuse_help)
     parser.add_argument("--daemon-module", default=DAEMON)
+    timeout_help = "seconds that one read may take; 0: what the daemon takes by itself"
+    parser.add_argument("--timeout", type=float, default=0.0, help=timeout_help)
     raw = parser.parse_args(argv)
     journal = Journal()
     try:

@@ -472,6 +472,17 @@ def test_supervisor_killed_while_it_serves(place: Place) -> None:
     assert place.wait_for_state("serving").restarts == 1
 
 
+def test_supervisor_killed_while_its_daemon_is_stopped(place: Place) -> None:
+    """The kernel hangs up those of a session that are stopped when nobody is left there to let them go on: so a daemon
+    has a session of its own."""
+    supervisor = place.mount()
+    with stopped(place.daemon_pid):
+        supervisor.kill()
+        supervisor.wait(20)
+        assert is_stopped(place.daemon_pid)
+    assert read(place) == FIRST
+
+
 @pytest.mark.parametrize("step", ["start", "init", "loaded"])
 def test_supervisor_killed_while_its_daemon_starts(place: Place, step: str) -> None:
     (place.steps / f"stop-{step}").touch()

@@ -54,6 +54,12 @@ Json = dict[str, Any]
     default=True,
     help="Keep a second process loaded, for a short wait when one ends.",
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0.1),
+    metavar="SECONDS",
+    help="What one read may take, second tries included, before its reader gets ETIMEDOUT; 300 unless given.",
+)
 @click.option("--daemon-module", default="", hidden=True)
 @connect.endpoint_option
 @output.json_option
@@ -64,6 +70,7 @@ def mount(
     allow_other: bool,
     upgrade: bool,
     spare: bool,
+    timeout: float | None,
     daemon_module: str,
     endpoint: str | None,
     as_json: bool,
@@ -80,6 +87,7 @@ def mount(
         )
     command = [sys.executable, "-m", "shoal_csi.supervisor", "--mountpoint", words[-1]]
     command += [] if spare else ["--no-spare"]
+    command += ["--timeout", str(timeout)] if timeout is not None else []
     command += ["--daemon-module", daemon_module] if daemon_module else []
     command += ["--endpoint", endpoint] if endpoint else []
     if upgrade:
