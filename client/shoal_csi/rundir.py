@@ -70,6 +70,7 @@ class Record:
         since: seconds since the epoch, of this state.
         log: file that the processes write to; "" where that is no file.
         daemon_module: what ``python -m`` runs.
+        local_tier, local_tier_size: as the daemon is given them; "" where there is none.
     """
 
     mountpoint: str
@@ -89,6 +90,8 @@ class Record:
     since: float
     log: str
     daemon_module: str
+    local_tier: str = ""
+    local_tier_size: int = 0
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

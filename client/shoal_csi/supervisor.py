@@ -230,6 +230,8 @@ class Supervisor:
         args = ["--dataset", options.dataset]
         args += ["--subpath", options.subpath] if options.subpath else []
         args += ["--endpoint", options.endpoint] if options.endpoint else []
+        if options.local_tier:
+            args += ["--local-tier", options.local_tier, "--local-tier-size", str(options.local_tier_size)]
         return DaemonProcess.spawn(
             options.daemon_module, args, self._fuse_fd, self._state_fd, oom_score_adj=_OOM_SCORE_ADJ_BEFORE
         )
@@ -430,6 +432,8 @@ class Supervisor:
             since=self._since,
             log=self._journal.path,
             daemon_module=options.daemon_module,
+            local_tier=options.local_tier,
+            local_tier_size=options.local_tier_size,
         )
 
     def _hand_over(self) -> None:
@@ -493,6 +497,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--watch", type=float, default=WATCH_S, help="seconds between two requests through the mount")
     refuse_help = "daemons that may fail in a row until requests fail, too; 0: they wait for good"
     parser.add_argument("--refuse-after", type=int, default=states.FAILURES_TO_REFUSE, help=refuse_help)
+    parser.add_argument("--local-tier", default="", help="an absolute path; of a mount that is taken over, its own")
+    parser.add_argument("--local-tier-size", type=int, default=0, help="bytes")
     parser.add_argument("--daemon-module", default=DAEMON)
     raw = parser.parse_args(argv)
     journal = Journal()
