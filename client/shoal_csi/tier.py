@@ -6,7 +6,7 @@ Out   unlink, of files that nobody uses. Whoever reads one has it locked (flock(
       mount, was killed. So no space is ever held by a file without a name
 
 A file is named by the dataset's origin and, as a shard is, by a key of origin, path, version and size. So a later
-snapshot, or another mount, finds it again. Its last use is its access time, which is set when it is opened, to the minute.
+snapshot, or another mount, finds it again. Its last use is its access time, set when it is opened, to the minute.
 
 The rule: a file that is handed out is whole; how much there is, is `shoal_csi.tier_ledger`'s.
 """
@@ -90,7 +90,7 @@ class Tier:
     def find(self, folder: str, key: Key, size_bytes: int) -> tuple[int | None, Trust]:
         """A descriptor of an object's file, the caller's: the file stays while that, or a duplicate, is open.
 
-        None where the tier does not have it, or where it is not believed: then `verify` decides.
+        None, and `Trust.NONE`, where the tier does not have it; `Trust.UNSURE` where `verify` is to look at it first.
         """
         try:
             fd = os.open(self._path(folder, key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -104,8 +104,10 @@ class Tier:
                 trust = judge(_attribute(fd), key, size_bytes, found, self._boot)
             except OSError:  # it is being verified or dropped
                 return None, Trust.NONE
-            if trust is not Trust.WHOLE or not found.st_nlink:
-                return None, trust
+            if not found.st_nlink:
+                return None, Trust.NONE
+            if trust is not Trust.WHOLE:
+                return None, Trust.UNSURE
             now = self._now_ns()
             if abs(now - found.st_atime_ns) > _MARK_EVERY_NS:
                 with contextlib.suppress(OSError):  # read-only by now: it is read all the same

@@ -57,7 +57,8 @@ class Ledger:
         self.objects, self.filling, self.limit_bytes = directory / "objects", directory / "filling", limit_bytes
         self._now_ns = now_ns
         self._lock_path = directory / "lock"
-        self.fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        # Not for writing: a file system with files open for that cannot be remounted read-only.
+        self.fd = os.open(self._lock_path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         self._kept: dict[str, Kept] = {}
         self._other_bytes = 0  # of directories, and of what comes in
         self._seen = -1  # the count of changes up to which the two above are right
@@ -105,10 +106,12 @@ class Ledger:
             self._seen = -1  # look again next time
             raise
         finally:
-            if self._is_changing:
-                self._is_changing = False
-                os.pwrite(self.fd, _COUNTS.pack(self._read()[0], self.total_bytes, len(self._kept)), 0)
-            fcntl.flock(self.fd, fcntl.LOCK_UN)
+            try:
+                if self._is_changing:
+                    self._is_changing = False
+                    self._write(self._read()[0], self.total_bytes, len(self._kept))
+            finally:
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     # Under the lock
 
@@ -116,7 +119,7 @@ class Ledger:
         """Say that the directory changes, before it does: who is killed in between has said so."""
         if not self._is_changing:
             changes, size_bytes, files = self._read()
-            os.pwrite(self.fd, _COUNTS.pack(changes + 1, size_bytes, files), 0)
+            self._write(changes + 1, size_bytes, files)
             self._is_changing = True
             self._seen = changes + 1
 
@@ -233,6 +236,13 @@ class Ledger:
         raw = os.pread(self.fd, _COUNTS.size, 0)
         changes, size_bytes, files = _COUNTS.unpack(raw) if len(raw) == _COUNTS.size else (0, 0, 0)
         return changes, size_bytes, files
+
+    def _write(self, changes: int, size_bytes: int, files: int) -> None:
+        fd = os.open(self._lock_path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.pwrite(fd, _COUNTS.pack(changes, size_bytes, files), 0)
+        finally:
+            os.close(fd)
 
 
 def _lock(fd: int) -> bool:
