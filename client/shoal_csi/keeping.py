@@ -83,7 +83,7 @@ class Keeping:
         self._read_bytes: OrderedDict[int, int] = OrderedDict()
         self._offers: set[int] = set()
         self._part: memoryview | None = None
-        self._not_before = 0.0
+        self._paused_until = self._full_until = 0.0
         self._is_off = False
         self.fault = ""
         self.hits = self.brought = self.brought_bytes = self.damaged = 0
@@ -114,7 +114,7 @@ class Keeping:
             if self._read_bytes.get(row, 0) * READ_ONE_IN < size_bytes:
                 return
             self._read_bytes.pop(row, None)
-        if not self._from_bytes <= size_bytes <= self._tier.largest_bytes or time.monotonic() < self._not_before:
+        if not self._from_bytes <= size_bytes <= self._tier.largest_bytes or time.monotonic() < self._full_until:
             return
         try:
             if self._reader_of(row).is_for_local_node():
@@ -163,12 +163,12 @@ class Keeping:
     def _bring(self, row: int) -> None:
         """Have the tier have an object."""
         try:
-            if not self._is_off and time.monotonic() >= self._not_before:
+            if not self._is_off and time.monotonic() >= self._paused_until:
                 self._ensure(row)
         except NoRoom:
-            self._not_before = time.monotonic() + FULL_S
+            self._full_until = time.monotonic() + FULL_S
         except OSError as error:
-            self._not_before = time.monotonic() + PAUSE_S
+            self._paused_until = time.monotonic() + PAUSE_S
             if not self.fault:
                 log.warning("nothing more is kept for now: %s", tier_place.sentence(self._tier.directory, error))
             self.fault = tier_place.sentence(self._tier.directory, error)
@@ -185,6 +185,8 @@ class Keeping:
         if is_whole:
             return
         self.damaged += is_whole is False
+        if time.monotonic() < self._full_until:
+            return
         filling = self._tier.begin(self._folder, key, size_bytes)
         if filling is None:
             return

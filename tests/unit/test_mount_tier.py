@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +96,7 @@ def go_on() -> bool:
 
 class Clock:
     def __init__(self) -> None:
-        self.now_s = 1e9
+        self.now_s = time.time()  # the kernel notes some uses, too
 
     def __call__(self) -> int:
         return int(self.now_s * NS)
@@ -409,12 +410,13 @@ def test_several_processes_share_the_limit(place: Path) -> None:
     """Each brings objects in and opens others, as fast as it can; some die in the middle of one."""
     limit = 2 * MIB
     Tier(place, limit).close()
+    began = time.time_ns()
 
     def work(seed: int, say: Say) -> int:
         chance = random.Random(seed)
         right = 0
         hours = [0]
-        with contextlib.closing(Tier(place, limit, now_ns=lambda: int(1e18) + hours[0] * 3600 * NS)) as own:
+        with contextlib.closing(Tier(place, limit, now_ns=lambda: began + hours[0] * 3600 * NS)) as own:
             for step in range(60):
                 hours[0] += 13
                 number, size = chance.randrange(12), 150 * KIB
@@ -659,7 +661,7 @@ def test_a_drive_that_fails_is_said_once_and_tried_again(
         assert "is full" in str(keeping.report()["fault"])
         assert is_kept(keeping, objects, 0)
         filler.unlink()
-        monkeypatch.setattr(keeping, "_not_before", 0.0)  # when the pause is over
+        monkeypatch.setattr(keeping, "_paused_until", 0.0)  # when the pause is over
         through(keeping, 1, 400 * KIB)
         wait_for(lambda: is_kept(keeping, objects, 1))
         assert keeping.report()["fault"] is None

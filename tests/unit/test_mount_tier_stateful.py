@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import tempfile
+import time
 from pathlib import Path
 
 from hypothesis import settings
@@ -55,7 +56,7 @@ class TierMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self._temporary = tempfile.TemporaryDirectory(dir=memory())
         self.directory = Path(self._temporary.name)
-        self.now = 10**18
+        self.now = time.time_ns()  # the kernel notes some uses, too
         self.boots = itertools.count(1)
         self.boot = next(self.boots)
         self.tiers = [self._open(), self._open()]
