@@ -25,13 +25,13 @@ from tests.support.processes import stopped
 from tests.support.waiting import wait_for
 
 MIB = 1 << 20
-SHARD = MIB
+SHARD = 2 * MIB
 NS = 1_000_000_000
 _names = itertools.count()
 
 
 class Dataset:
-    """Objects of a directory, as a dataset of shards of 1 MiB."""
+    """Objects of a directory, as a dataset of shards of 2 MiB."""
 
     def __init__(self, cluster: DevCluster, origin: Path, objects: Mapping[str, bytes]) -> None:
         self.cluster, self.origin, self.name, self.objects = cluster, origin, origin.name, dict(objects)
@@ -94,7 +94,8 @@ def files_of(tier: Path) -> list[Path]:
 
 
 def is_settled(mount: Mounted) -> bool:
-    return bool(mount.report()["local_tier"]["waiting"] == 0)
+    report = mount.report()
+    return bool(report["open_inodes"] == report["local_tier"]["waiting"] == 0)
 
 
 def read(mount: Mounted, dataset: Dataset, *names: str) -> None:
@@ -126,7 +127,7 @@ def let_age(tier: Path, seconds: int) -> None:
 
 
 def test_what_was_read_is_read_by_the_kernel_from_then_on(make: Callable[..., Dataset], tier: Path) -> None:
-    dataset = make(8, 900 * 1024)
+    dataset = make(8, 3 * MIB // 2)
     several = make(2, 3 * SHARD + 12_345)
     remote = [name for name in dataset.objects if dataset.owners(name) != [0]]
     local = [name for name in dataset.objects if name not in remote]
@@ -168,9 +169,9 @@ def test_what_was_read_is_read_by_the_kernel_from_then_on(make: Callable[..., Da
 
 def test_the_bound_holds(make: Callable[..., Dataset], tier: Path) -> None:
     """Three times the data: the first come stay while they are used, and make room when they are not."""
-    limit = 8 * MIB
-    first, second = make(14, SHARD + 800_000), make(3, SHARD + 800_000)
-    with first.mounted(tier, "8MiB") as mount, second.mounted(tier, "8MiB") as other:
+    limit = 16 * MIB
+    first, second = make(18, SHARD + 700_000), make(4, SHARD + 700_000)
+    with first.mounted(tier, "16MiB") as mount, second.mounted(tier, "16MiB") as other:
         for name in first.objects:
             bring(mount, first, name)
             assert measured(tier) <= limit
@@ -240,6 +241,7 @@ def _cut(path: Path) -> None:
     os.truncate(path, SHARD)
 
 
+@pytest.mark.long  # its servers' starts take seconds
 def test_where_there_can_be_none(make: Callable[..., Dataset], tier: Path) -> None:
     """Refused when mounting; a mount that is there goes on without."""
     dataset = make(2, 2 * SHARD + 1)
@@ -258,6 +260,7 @@ def test_where_there_can_be_none(make: Callable[..., Dataset], tier: Path) -> No
         assert mount.log().count("nothing is kept in the local tier") == 1
 
 
+@pytest.mark.long  # its servers' starts take seconds
 def test_a_mount_of_small_files_has_no_use_for_it(make: Callable[..., Dataset], tier: Path) -> None:
     dataset = make(4, 5000)
     with dataset.mounted(tier) as mount:

@@ -477,6 +477,7 @@ def test_directories_that_will_not_do(tmp_path: Path, place: Path) -> None:
 
 def test_a_full_and_a_read_only_file_system(tmp_path: Path) -> None:
     with filesystems.memory(tmp_path / "drive", 2 * MIB) as drive:
+        drive.chmod(0o755)
         filler = filesystems.fill_up(drive)
         with pytest.raises(StoreUnusable, match="is full: free space"):
             Tier(drive, 4 * MIB)
@@ -642,13 +643,18 @@ def test_damage_is_found_counted_and_repaired(tier: Tier) -> None:
         assert keeping.report()["damaged"] == 1
 
 
+def _tier_of(drive: Path) -> Tier:
+    drive.chmod(0o755)
+    return Tier(drive, 8 * MIB)
+
+
 def test_a_drive_that_fails_is_said_once_and_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objects = Objects(*[400 * KIB] * 8)
     with (
         filesystems.memory(tmp_path / "drive", 2 * MIB) as drive,
-        contextlib.closing(Tier(drive, 8 * MIB)) as tier,
+        contextlib.closing(_tier_of(drive)) as tier,
         kept_in(tier, objects) as keeping,
     ):
         through(keeping, 0, 400 * KIB)
