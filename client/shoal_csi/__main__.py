@@ -112,7 +112,7 @@ def main(
             has_node=has_node,
             probe_timeout_s=probe_timeout,
             look_after_every_s=look_after_every,
-            local_tier=None if local_tier is None else local_tier.absolute(),
+            local_tier=None if local_tier is None else local_tier.resolve(),
             local_tier_size=local_tier_size or 0,
         )
         _serve(config)

@@ -113,7 +113,7 @@ def _tier_words(directory: str | None, size_bytes: int | None) -> list[str]:
         return []
     if not directory or size_bytes is None:
         raise click.UsageError("give --local-tier and --local-tier-size together, or neither")
-    return ["--local-tier", str(Path(directory).absolute()), "--local-tier-size", str(size_bytes)]
+    return ["--local-tier", str(Path(directory).resolve()), "--local-tier-size", str(size_bytes)]
 
 
 UMOUNT_EXAMPLES = """\b
