@@ -183,11 +183,18 @@ class ObjectReader:
             ClusterUnavailable: no node may own the shard.
         """
         local = self._cluster.local
+        return local.descriptor(self.shard(0)) if local is not None and self.is_for_local_node() else None
+
+    def is_for_local_node(self) -> bool:
+        """Whether the object is just one shard, which the node on this machine owns: it has its file, or may have it.
+
+        Raises:
+            ClusterUnavailable: no node may own the shard.
+        """
+        local = self._cluster.local
         if local is None or not 0 < self.size_bytes <= self._shard_size:
-            return None
-        if all(node.id != local.node_id for node in self.owners(0)):
-            return None
-        return local.descriptor(self.shard(0))
+            return False
+        return any(node.id == local.node_id for node in self.owners(0))
 
     def is_cached(self, index: int) -> bool:
         """Whether an owner of shard `index` has it sealed: asks them. One that does not answer has nothing."""

@@ -42,6 +42,8 @@ class Options:
     refuse_after: int
     daemon_module: str
     timeout: float
+    local_tier: str
+    local_tier_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,8 @@ def _adopted(options: Options, claim: Claim, held: Held, record: Record, note: s
         dataset=record.dataset,
         subpath=record.subpath,
         endpoint=options.endpoint or record.endpoint,
+        local_tier=options.local_tier or record.local_tier,
+        local_tier_size=options.local_tier_size if options.local_tier else record.local_tier_size,
         allow_other=record.allow_other,
         timeout=options.timeout or record.timeout_s,
     )

@@ -54,6 +54,7 @@ class Config:
         command: the words before ``mount`` and ``umount``.
         probe_timeout_s: a mount that is silent for longer does not answer.
         look_after_every_s: between two looks at all mounts.
+        local_tier, local_tier_size: what each mount is given as such; None: nothing.
     """
 
     socket: Path
@@ -65,6 +66,8 @@ class Config:
     has_node: bool
     probe_timeout_s: float
     look_after_every_s: float
+    local_tier: Path | None
+    local_tier_size: int
 
 
 class Driver:
@@ -108,7 +111,10 @@ class Driver:
                 f"cannot use {config.state_dir} ({error.strerror}): name another folder with --state-dir"
             ) from error
         prober = Prober(config.probe_timeout_s)
-        mounts = CommandMounts(config.command, config.shoal_endpoint, prober)
+        tier: list[str] = []
+        if config.local_tier is not None:
+            tier = ["--local-tier", str(config.local_tier), "--local-tier-size", str(config.local_tier_size)]
+        mounts = CommandMounts(config.command, config.shoal_endpoint, prober, tier)
         shared = SharedMounts(folder.resolve(), mounts, locks, prober)
         self._keeper = Keeper(shared, locks, every_s=config.look_after_every_s)
         self._keeper.start()

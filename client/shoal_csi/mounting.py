@@ -44,15 +44,16 @@ class CommandMounts:
     Args:
         command: the words before ``mount`` or ``umount``.
         endpoint: of the cluster; "" for what the environment says.
+        options: words after those of each ``mount``.
     """
 
-    def __init__(self, command: Sequence[str], endpoint: str, prober: Prober) -> None:
-        self._command = tuple(command)
+    def __init__(self, command: Sequence[str], endpoint: str, prober: Prober, options: Sequence[str] = ()) -> None:
+        self._command, self._options = tuple(command), tuple(options)
         self._environment = {**os.environ, **({"SHOAL_ENDPOINT": endpoint} if endpoint else {})}
         self._prober = prober
 
     def mount(self, dataset: str, snapshot: str, mountpoint: str) -> None:
-        self._run(["mount", f"{dataset}@{snapshot}", mountpoint], MOUNT_TIMEOUT_S)
+        self._run(["mount", f"{dataset}@{snapshot}", mountpoint, *self._options], MOUNT_TIMEOUT_S)
 
     def unmount(self, mountpoint: str) -> None:
         self._run(["umount", mountpoint], UNMOUNT_TIMEOUT_S)

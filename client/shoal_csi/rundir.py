@@ -71,6 +71,7 @@ class Record:
         log: file that the processes write to; "" where that is no file.
         daemon_module: what ``python -m`` runs.
         timeout_s: that one read may take; 0: what the daemon takes by itself. Records of before have none.
+        local_tier, local_tier_size: as the daemon is given them; "" where there is none.
     """
 
     mountpoint: str
@@ -91,6 +92,8 @@ class Record:
     log: str
     daemon_module: str
     timeout_s: float = 0.0
+    local_tier: str = ""
+    local_tier_size: int = 0
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

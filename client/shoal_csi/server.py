@@ -4,7 +4,8 @@ A few threads take requests. What is answered from the tree, from maps or from w
 took it; what waits for a node goes to a pool, so that a slow origin never keeps `ls` waiting.
 
     names, attributes    from the tree; they never expire, so the kernel asks once for each
-    OPEN                 passthrough, where the object is one sealed file of the node on this machine; else cached
+    OPEN                 passthrough, where the object is one sealed file of the node on this machine, or a file of the
+                         local tier; else cached
     READ                 `shoal_csi.reads`
     what writes          EROFS, if the kernel asks at all: it knows that the mount is read-only
     what is unknown      ENOSYS, after which the kernel mostly does not ask again
@@ -36,10 +37,12 @@ from shoal.shards import shard_count
 from shoal.snapshot import Snapshot
 from shoal.threads import Threads
 from shoal_csi import failures, kernel, protocol
+from shoal_csi.keeping import Keeping
 from shoal_csi.opens import CACHED, Opens
 from shoal_csi.protocol import WRITES, Header, Init, Malformed, Opcode, Open
 from shoal_csi.reads import LIMIT_BYTES, Reads
 from shoal_csi.state import MAX_THREADS, State
+from shoal_csi.tier import Tier
 from shoal_csi.tree import Tree
 
 if TYPE_CHECKING:
@@ -96,6 +99,7 @@ class Server:
     Args:
         state: shared with the servers before and after this one.
         on_over: called once no thread takes requests any more: the file system was unmounted, or `stop` was called.
+        tier: where objects are kept that the node of this machine does not have; None: nowhere.
         window_bytes: what may be held that was fetched ahead.
         takers: threads that take requests.
 
@@ -110,6 +114,7 @@ class Server:
         state: State,
         *,
         on_over: Callable[[], None],
+        tier: Tier | None = None,
         window_bytes: int = LIMIT_BYTES,
         takers: int = TAKERS,
     ) -> None:
@@ -124,6 +129,9 @@ class Server:
         self._may_passthrough = True
         self.opens = Opens(state, self._close_backing)
         self.reads = Reads(served.reader_of, window_bytes)
+        self._keeping = None if tier is None else self._keep(tier)
+        if self._terms is not None:
+            self._look_at(self._terms)
         self._waiters = Threads(WAITERS, "shoal-mount-wait")
         self._lock = threading.Lock()  # guards _waiting, _interrupts and _ended
         self._waiting: dict[int, int] = {}  # unique to thread id of those whose answers the pool gives
@@ -182,6 +190,8 @@ class Server:
     def close(self) -> None:
         self._waiters.close()
         self.reads.close()
+        if self._keeping is not None:
+            self._keeping.close()
 
     def _take(self, thread: int) -> None:
         buffer = bytearray(_BUFFER_BYTES)
@@ -300,7 +310,12 @@ class Server:
         self._terms = terms
         if not terms.passthrough and not terms.opens_silently:
             log.warning("this kernel has no FUSE passthrough (Linux 6.9 has): files are read through the server")
+        self._look_at(terms)
         return protocol.pack_init(terms, max_pages=MAX_PAGES)
+
+    def _look_at(self, terms: protocol.Terms) -> None:
+        if not terms.passthrough and self._keeping is not None:
+            self._keeping.turn_off("in this mount nothing is passed through (docs/mount.md), so it would be of no use")
 
     def _lookup(self, header: Header, body: memoryview, thread: int) -> Answer:
         inode = self._tree.lookup(header.node, protocol.parse_name(body))
@@ -333,7 +348,10 @@ class Server:
 
     def _release(self, header: Header, body: memoryview, thread: int) -> Answer:
         if self.opens.release(thread, header.unique, header.node):
-            self.reads.forget(self._row(header.node))
+            row = self._row(header.node)
+            self.reads.forget(row)
+            if self._keeping is not None and self._passes_through:
+                self._keeping.released(row)
         return b""
 
     def _read(self, header: Header, body: memoryview, thread: int) -> Answer:
@@ -342,6 +360,8 @@ class Server:
         end = min(offset + size, int(self._served.snapshot.size(row)))
         if offset >= end:
             return b""
+        if self._keeping is not None:
+            self._keeping.has_read(row, end - offset)
         if self.reads.is_at_hand(row, offset, end):
             self.reads.read(row, offset, end, lambda buffers: self._reply_buffers(unique, buffers))
             return None
@@ -443,7 +463,7 @@ class Server:
             "starts": self._state.starts,
             "dataset": self._served.record.name,
             "snapshot": self._served.snapshot.digest,
-            "passthrough": self._may_passthrough and terms is not None and terms.passthrough,
+            "passthrough": self._passes_through,
             "opens_silently": terms is not None and terms.opens_silently,
             "requests": self.requests,
             "open_inodes": len(self.opens),
@@ -453,13 +473,24 @@ class Server:
             "read_ahead_bytes": self.reads.ahead_bytes,
             "window_bytes": self.reads.window_bytes,
             "most_window_bytes": self.reads.most_window_bytes,
+            "local_tier": None if self._keeping is None else self._keeping.report(),
         }
 
     # Backing files
 
+    @property
+    def _passes_through(self) -> bool:
+        return self._may_passthrough and self._terms is not None and self._terms.passthrough
+
+    def _keep(self, tier: Tier) -> Keeping:
+        record, snapshot, _, reader_of = self._served
+        return Keeping(
+            tier, record, snapshot, reader_of, from_bytes=PASSTHROUGH_FROM, is_busy=lambda: bool(self._waiting)
+        )
+
     def _choose(self, row: int) -> int:
-        """A new backing id for an object that the local node has as one sealed file; else `CACHED`."""
-        if self._terms is None or not self._terms.passthrough or not self._may_passthrough:
+        """A new backing id for an object that the local node or the local tier has as one file; else `CACHED`."""
+        if not self._passes_through:
             return CACHED
         reader = self._served.reader_of(row)
         if reader.size_bytes < PASSTHROUGH_FROM:
@@ -468,13 +499,24 @@ class Server:
             descriptor = reader.local_descriptor()
         except ShoalError as error:
             log.debug("no passthrough for row %d: %s", row, error)
+            descriptor = None
+        if descriptor is not None:
+            return self._back(descriptor)
+        descriptor = None if self._keeping is None else self._keeping.open(row)
+        if self._keeping is None or descriptor is None:
             return CACHED
-        if descriptor is None:
-            return CACHED
+        backing = self._back(descriptor, self._keeping)
+        self._keeping.hits += backing != CACHED
+        return backing
+
+    def _back(self, descriptor: int, keeping: Keeping | None = None) -> int:
+        """A new backing id for the file behind `descriptor`, of `keeping` or of the local node; it is closed here."""
         try:
             return kernel.backing_open(self._fd, descriptor)
         except OSError as error:
-            if error.errno in _NEVER and self._may_passthrough:
+            if error.errno == errno.ELOOP and keeping is not None:
+                keeping.turn_off("it lies on a stacked file system such as overlayfs; name a directory of a drive")
+            elif error.errno in _NEVER and self._may_passthrough:
                 self._may_passthrough = False
                 log.warning("files are read through the server, not by the kernel itself: %s", _NEVER[error.errno])
             return CACHED

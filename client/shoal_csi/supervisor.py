@@ -237,6 +237,8 @@ class Supervisor:
         args += ["--subpath", options.subpath] if options.subpath else []
         args += ["--endpoint", options.endpoint] if options.endpoint else []
         args += ["--timeout", f"{options.timeout:g}"] if options.timeout else []
+        if options.local_tier:
+            args += ["--local-tier", options.local_tier, "--local-tier-size", str(options.local_tier_size)]
         return DaemonProcess.spawn(
             options.daemon_module, args, self._fuse_fd, self._state_fd, oom_score_adj=_OOM_SCORE_ADJ_BEFORE
         )
@@ -441,6 +443,8 @@ class Supervisor:
             log=self._journal.path,
             daemon_module=options.daemon_module,
             timeout_s=options.timeout,
+            local_tier=options.local_tier,
+            local_tier_size=options.local_tier_size,
         )
 
     def _hand_over(self) -> None:
@@ -504,6 +508,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--watch", type=float, default=WATCH_S, help="seconds between two requests through the mount")
     refuse_help = "daemons that may fail in a row until requests fail, too; 0: they wait for good"
     parser.add_argument("--refuse-after", type=int, default=states.FAILURES_TO_REFUSE, help=refuse_help)
+    parser.add_argument("--local-tier", default="", help="an absolute path; of a mount that is taken over, its own")
+    parser.add_argument("--local-tier-size", type=int, default=0, help="bytes")
     parser.add_argument("--daemon-module", default=DAEMON)
     timeout_help = "seconds that one read may take; 0: what the daemon takes by itself"
     parser.add_argument("--timeout", type=float, default=0.0, help=timeout_help)

@@ -36,6 +36,7 @@ Examples:
   shoal mount flights /mnt/flights
   shoal mount flights@3f9a /mnt/flights --subpath 2013
   shoal mount flights /mnt/flights --foreground
+  shoal mount flights /mnt/flights --local-tier /nvme/shoal-tier --local-tier-size 100GiB
   shoal mount                                      # what is mounted
   shoal mount --upgrade /mnt/flights               # newly installed programs, files stay open
 """
@@ -48,6 +49,8 @@ Json = dict[str, Any]
 @click.option("--subpath", default="", metavar="PATH", help="Mount this directory of the dataset.")
 @click.option("--foreground", is_flag=True, help="Stay, with the log on stderr; Ctrl-C unmounts.")
 @click.option("--allow-other/--no-allow-other", default=True, help="Let users other than this one read.")
+@click.option("--local-tier", metavar="DIR", help="Keep objects that other nodes have here, for faster reads.")
+@click.option("--local-tier-size", type=output.SizeType(), metavar="SIZE", help="What DIR may hold, such as 100GiB.")
 @click.option("--upgrade", is_flag=True, help="Put new processes in the place of those that serve MOUNTPOINT.")
 @click.option(
     "--spare/--no-spare",
@@ -68,6 +71,8 @@ def mount(
     subpath: str,
     foreground: bool,
     allow_other: bool,
+    local_tier: str | None,
+    local_tier_size: int | None,
     upgrade: bool,
     spare: bool,
     timeout: float | None,
@@ -90,6 +95,7 @@ def mount(
     command += ["--timeout", str(timeout)] if timeout is not None else []
     command += ["--daemon-module", daemon_module] if daemon_module else []
     command += ["--endpoint", endpoint] if endpoint else []
+    command += _tier_words(local_tier, local_tier_size)
     if upgrade:
         command += ["--take-over"]
     else:
@@ -108,6 +114,14 @@ def mount(
         output.data(f"shoal://{said['dataset']} is mounted at {said['mountpoint']}")
         output.remark(f"'shoal umount {said['mountpoint']}' unmounts it; log {said['log']}")
     return None
+
+
+def _tier_words(directory: str | None, size_bytes: int | None) -> list[str]:
+    if directory is None and size_bytes is None:
+        return []
+    if not directory or size_bytes is None:
+        raise click.UsageError("give --local-tier and --local-tier-size together, or neither")
+    return ["--local-tier", str(Path(directory).resolve()), "--local-tier-size", str(size_bytes)]
 
 
 UMOUNT_EXAMPLES = """\b
