@@ -10,7 +10,7 @@ The rule: a peer that this machine lacks, or that does not come up, is left out 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -48,14 +48,14 @@ class Peers:
     left_out: dict[str, str]
 
 
-def start(stack: ExitStack, directory: Path, origin: Path, names: Sequence[str], warm: Sequence[str]) -> Peers:
+def start(stack: ExitStack, directory: Path, origin: Path, warm: Sequence[str], cold: Mapping[str, str]) -> Peers:
     """Mount whatever peer there is, until `stack` closes.
 
     Args:
         directory: for what they keep.
         origin: a directory with the bytes.
-        names: the directories in it that they are to have.
-        warm: those of them that JuiceFS fetches into its cache now; the others it has never read.
+        warm: the directories in it that all are to have, and JuiceFS in its cache.
+        cold: one more for each peer, by name, that it has never read; those of other names are on the S3 server, too.
     """
     left_out = {}
     for name, require in (("JuiceFS", juicefs.find), ("rclone", rclone.version)):
@@ -66,47 +66,48 @@ def start(stack: ExitStack, directory: Path, origin: Path, names: Sequence[str],
     if len(left_out) == 2:
         return Peers((), None, left_out)
     weed = stack.enter_context(Weed())
-    weed.create_bucket(BUCKET)
-    weed.create_bucket(JUICEFS_BUCKET)
-    for name in names:
-        weed.filesystem().put(str(origin / name), f"{BUCKET}/{name}", recursive=True)
-    at = Origin(weed.endpoint_url, weed.access_key, weed.secret_key)
+    for bucket in (BUCKET, JUICEFS_BUCKET):
+        weed.create_bucket(bucket)
     running = []
     for name, begin in (("JuiceFS", _juicefs), ("rclone", _rclone)):
         if name not in left_out:
             try:
-                running.append(begin(stack, at, weed, directory / name.lower(), origin, names, warm))
+                running.append(begin(stack, weed, directory / name.lower(), origin, warm, cold))
             except Missing as reason:
                 left_out[name] = str(reason)
+    _upload(weed, origin, [folder for name, folder in cold.items() if name not in ("JuiceFS", "rclone")])
     return Peers(tuple(running), weed, left_out)
 
 
 def _juicefs(
-    stack: ExitStack, at: Origin, weed: Weed, directory: Path, origin: Path, names: Sequence[str], warm: Sequence[str]
+    stack: ExitStack, weed: Weed, directory: Path, origin: Path, warm: Sequence[str], cold: Mapping[str, str]
 ) -> Peer:
-    volume = juicefs.make(at, JUICEFS_BUCKET, directory)
-    size_bytes = sum(path.stat().st_size for path in _files(origin, names))
+    names = [*warm, cold["JuiceFS"]]
+    files = [path for name in names for path in (origin / name).rglob("*") if path.is_file()]
+    volume = juicefs.make(_origin(weed), JUICEFS_BUCKET, directory)
     with juicefs.serve(volume, "copying", 1 << 30) as (point, _):
-        _copy(origin, point, names)
-    point, pid = stack.enter_context(juicefs.serve(volume, "mount", 2 * size_bytes + (1 << 30)))
+        for folder in sorted({path.parent for path in files}):
+            (point / folder.relative_to(origin)).mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+            list(pool.map(lambda path: shutil.copyfile(path, point / path.relative_to(origin)), files))
+    cache_bytes = 2 * sum(path.stat().st_size for path in files) + (1 << 30)
+    point, pid = stack.enter_context(juicefs.serve(volume, "mount", cache_bytes))
     juicefs.warm_up(volume, *(point / name for name in warm))
     return Peer("JuiceFS", point, (pid, weed.pid), juicefs.SETTINGS)
 
 
 def _rclone(
-    stack: ExitStack, at: Origin, weed: Weed, directory: Path, origin: Path, names: Sequence[str], warm: Sequence[str]
+    stack: ExitStack, weed: Weed, directory: Path, origin: Path, warm: Sequence[str], cold: Mapping[str, str]
 ) -> Peer:
-    point, pid = stack.enter_context(rclone.serve(at, BUCKET, directory))
+    _upload(weed, origin, [*warm, cold["rclone"]])
+    point, pid = stack.enter_context(rclone.serve(_origin(weed), BUCKET, directory))
     return Peer("rclone", point, (pid, weed.pid), f"{rclone.SETTINGS} ({rclone.version()})")
 
 
-def _files(directory: Path, names: Sequence[str]) -> list[Path]:
-    return [path for name in names for path in (directory / name).rglob("*") if path.is_file()]
+def _upload(weed: Weed, origin: Path, names: Sequence[str]) -> None:
+    for name in names:
+        weed.filesystem().put(str(origin / name), f"{BUCKET}/{name}", recursive=True)
 
 
-def _copy(origin: Path, target: Path, names: Sequence[str]) -> None:
-    files = _files(origin, names)
-    for folder in sorted({path.parent for path in files}):
-        (target / folder.relative_to(origin)).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
-        list(pool.map(lambda path: shutil.copyfile(path, target / path.relative_to(origin)), files))
+def _origin(weed: Weed) -> Origin:
+    return Origin(weed.endpoint_url, weed.access_key, weed.secret_key)

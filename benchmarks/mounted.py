@@ -7,7 +7,7 @@
     first read    objects that lie on another node, each read once: through a mount that has no node of its own, and
                   by the fsspec client, in steps of 1 MiB and whole; through JuiceFS's and rclone's mounts, whose caches
                   are empty, from SeaweedFS; and through a mount of a dataset that nobody has read, from the same server
-    peers         one of the large objects and 5,000 of the small ones, warm, through JuiceFS's and rclone's mounts too
+    peers         one of the large objects and 2,000 of the small ones, warm, through JuiceFS's and rclone's mounts too
 
 All of a line take turns in one reading process, but for the fsspec client, which has its own; told is the median of
 each, its cost (`benchmarks.contest`), and the mount's rate to it. "The node's file" is the sealed file below the mount
@@ -80,7 +80,7 @@ class Scale:
 
 
 TINY = Scale(2, 2 << 20, 20, 200, 50, 1 << 20, 20, 1, 1)
-FULL = Scale(4, 1 << 30, 16_000, 100_000, 5000, 128 << 20, 5000, 7, 5)
+FULL = Scale(4, 1 << 30, 16_000, 100_000, 5000, 64 << 20, 2000, 7, 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,8 @@ class Result:
 
 
 def make_origin(directory: Path, scale: Scale) -> None:
-    """Directories: ``large``, ``one`` of those, ``small``, ``few`` of those, and ``first`` and ``once``."""
+    """Directories: ``large``, ``one`` of those, ``small``, ``few`` of those, and ``first`` and ``once``, which have a
+    directory for each reader with an object for each turn."""
     random = np.random.default_rng(7)
     for number in range(scale.objects):
         _write(directory / "large" / f"{number}.bin", random, scale.object_bytes)
@@ -123,21 +124,25 @@ def make_origin(directory: Path, scale: Scale) -> None:
             if number % 1000 == 0:
                 path.parent.mkdir(parents=True)
             path.write_bytes(number.to_bytes(8, "little") * (SMALL_BYTES // 8))
-    # Objects of their own for each reader and turn: names of one file here, and copies wherever they are cached.
+    # Names of one file here; copies wherever they are cached.
     _write(directory / "first.bin", random, scale.first_bytes)
     for name, readers in (("first", (MOUNT, *FIRST_TARGETS)), ("once", (COLD, *PEER_TARGETS))):
         for reader in readers:
             for turn in range(scale.peer_turns + 1):
-                _link(directory / "first.bin", directory / name / once_name(reader, turn))
+                _link(directory / "first.bin", directory / name / folder_of(reader) / once_name(turn))
 
 
 def small_name(number: int) -> str:
     return f"{number // 1000:03d}/{number:06d}.bin"
 
 
-def once_name(reader: str, turn: int) -> str:
-    """Of the object that `reader` reads in `turn`, and nobody else ever."""
-    return f"{''.join(filter(str.isalnum, reader))}-{turn}.bin"
+def folder_of(reader: str) -> str:
+    """Of what `reader` reads once, and nobody else ever."""
+    return "".join(filter(str.isalnum, reader))
+
+
+def once_name(turn: int) -> str:
+    return f"{turn}.bin"
 
 
 def _write(path: Path, random: np.random.Generator, size_bytes: int) -> None:
@@ -148,7 +153,7 @@ def _write(path: Path, random: np.random.Generator, size_bytes: int) -> None:
 
 
 def _link(path: Path, new: Path) -> None:
-    new.parent.mkdir(exist_ok=True)
+    new.parent.mkdir(parents=True, exist_ok=True)
     os.link(path, new)
 
 
@@ -203,7 +208,7 @@ class Reading:
         """One who reads another object in each turn."""
 
         def arguments(turn: int) -> tuple[list[str]]:
-            return ([str(place.path / once_name(place.name, turn))],)
+            return ([str(place.path / once_name(turn))],)
 
         return Contender(place.name, path_reads.sequential, arguments, self.worker, place.servers)
 
@@ -271,7 +276,8 @@ def measure(scale: Scale, directory: Path, *, has_peers: bool) -> Result:
         peers = Peers((), None, {})
         if has_peers:
             progress("setting up peers")
-            peers = mount_peers.start(stack, directory, origin, ("one", "few", "once"), ("one", "few"))
+            folders = {reader: f"once/{folder_of(reader)}" for reader in (*PEER_TARGETS, COLD)}
+            peers = mount_peers.start(stack, directory, origin, ("one", "few"), folders)
         sections["first read"] = first_read(cluster, reading, stack.enter_context(Worker()), peers)
         if peers.running:
             sections["beside peers"] = beside_peers(cluster, reading, origin, large, peers)
@@ -300,18 +306,20 @@ def first_read(cluster: Cluster, reading: Reading, client: Worker, peers: Peers)
 
     def of_client(name: str, function: Callable[..., Outcome], *more: int) -> Contender:
         def arguments(turn: int) -> tuple[Any, ...]:
-            return (cluster.remote, [f"shoal://first/{once_name(name, turn)}"], *more)
+            return (cluster.remote, [f"shoal://first/{folder_of(name)}/{once_name(turn)}"], *more)
 
         return Contender(name, function, arguments, client, cluster.servers)
 
+    mount = cluster.prefetched("first", has_node=False)
     contenders = [
-        reading.once(cluster.prefetched("first", has_node=False)),
+        reading.once(replace(mount, path=mount.path / folder_of(MOUNT))),
         of_client(STEPS, shoal_reader.read_steps, path_reads.SEQUENTIAL_BYTES),
         of_client(WHOLE, shoal_reader.cat),
-        *(reading.once(Place(peer.name, peer.path / "once", peer.servers)) for peer in peers.running),
     ]
+    places = (Place(peer.name, peer.path / "once" / folder_of(peer.name), peer.servers) for peer in peers.running)
+    contenders += [reading.once(place) for place in places]
     if peers.weed is not None:
-        cluster.add("once", f"s3://{mount_peers.BUCKET}/once", peers.weed.storage_options)
+        cluster.add("once", f"s3://{mount_peers.BUCKET}/once/{folder_of(COLD)}", peers.weed.storage_options)
         cold = cluster.mount("once", name=COLD, has_node=False)
         contenders.append(reading.once(replace(cold, servers=(*cold.servers, peers.weed.pid))))
     return contest.compare(FIRST, contenders, reading.scale.peer_turns, FIRST_TARGETS | PEER_TARGETS)
@@ -354,10 +362,11 @@ def main(tiny: bool, has_peers: bool | None, json_path: Path | None, workdir: Pa
     with command.scratch(workdir) as directory:
         host = machine.describe(directory)
         result = measure(scale, directory, has_peers=not tiny if has_peers is None else has_peers)
-    show(result, scale, is_judged=not tiny)
-    load = (host.load_average[0], os.getloadavg()[0])
-    click.echo(f"- machine: {host}; load {load[1]:.1f} at the end")
-    command.save(result.to_json() | {"scale": asdict(scale), "machine": str(host), "load_average": load}, json_path)
+        load = (host.load_average[0], os.getloadavg()[0])
+        # Here, because removing a hundred thousand files takes a while.
+        show(result, scale, is_judged=not tiny)
+        click.echo(f"- machine: {host}; load {load[1]:.1f} at the end")
+        command.save(result.to_json() | {"scale": asdict(scale), "machine": str(host), "load_average": load}, json_path)
 
 
 if __name__ == "__main__":
