@@ -73,6 +73,7 @@ class Reads:
     Attributes:
         window_bytes, most_window_bytes: held by windows, now and at most so far.
         exact_bytes, ahead_bytes: read exactly, and fetched ahead, so far.
+        fetching: windows that are on their way.
     """
 
     def __init__(self, reader_of: Callable[[int], ObjectReader], limit_bytes: int = LIMIT_BYTES) -> None:
@@ -83,7 +84,7 @@ class Reads:
         self._streams: OrderedDict[int, Readahead] = OrderedDict()
         self._windows: OrderedDict[_Window, None] = OrderedDict()  # the one used longest ago first
         self._of_row: dict[int, list[_Window]] = {}
-        self.window_bytes = self.most_window_bytes = self.exact_bytes = self.ahead_bytes = 0
+        self.window_bytes = self.most_window_bytes = self.exact_bytes = self.ahead_bytes = self.fetching = 0
 
     def close(self) -> None:
         """Begin no more windows."""
@@ -142,6 +143,7 @@ class Reads:
 
     def _fetched(self, window: _Window) -> None:
         with self._lock:
+            self.fetching -= 1
             self._release(window, 0)
 
     def _mapped(self, row: int, start: int, end: int) -> list[pa.Buffer] | None:
@@ -212,6 +214,7 @@ class Reads:
         self._of_row.setdefault(reader.row, []).append(window)
         self.window_bytes += size
         self.ahead_bytes += size
+        self.fetching += 1
         self.most_window_bytes = max(self.most_window_bytes, self.window_bytes)
         future.add_done_callback(lambda _: self._fetched(window))
 
