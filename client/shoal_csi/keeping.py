@@ -61,7 +61,7 @@ class Keeping:
         is_busy: whether nodes are asked for bytes on behalf of readers.
 
     Attributes:
-        hits: opens that were answered with a file of the tier, by this server.
+        hits: opens that were answered with a file of the tier, by this server, but those that joined another one.
     """
 
     def __init__(
