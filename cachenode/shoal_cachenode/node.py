@@ -33,6 +33,7 @@ from shoal_cachenode.origin_budget import OriginBudget, Rate
 from shoal_cachenode.pace import Pace
 from shoal_cachenode.passing import Passing
 from shoal_cachenode.rebalance import Rebalance
+from shoal_cachenode.recent import Recent
 from shoal_cachenode.retention import Step
 from shoal_cachenode.room import Room
 from shoal_cachenode.scheduler import DiskFailed, Urgency
@@ -151,6 +152,7 @@ class CacheNode:
         self._counting: dict[str, asyncio.Task[Holdings]] = {}  # by snapshot
         self._on_knowledge: list[Callable[[], None]] = []
         self.passing = Passing(config.part_size)
+        self.recent = Recent()
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="io"))
         self._scrubber = Scrubber(self)
         self.whereabouts = Whereabouts(self)
@@ -465,6 +467,7 @@ class CacheNode:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(HOUSEKEEPING_INTERVAL_S)
+            self.recent.expire()
             try:
                 await self.room.drop_abandoned()
             except ShoalError as error:

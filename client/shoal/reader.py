@@ -103,11 +103,14 @@ class ObjectReader:
         self._shard_size = snapshot.shard_size
         self._first_shard = snapshot.first_shard(row)
 
-    def read_buffer(self, start: int, end: int) -> pa.Buffer:
+    def read_buffer(self, start: int, end: int, until: float | None = None) -> pa.Buffer:
         """Bytes [start, end), cut at the object's end, as an Arrow buffer.
 
         Where they lie in one shard of the local node, the buffer is a view of the map: no copy. Else it is a new one.
         Either way it stays valid for as long as it is held.
+
+        Args:
+            until: `time.monotonic` at which the caller's time is over, where that is not `timeout_s` from now.
 
         Raises:
             ShoalError: see `shoal.errors`.
@@ -115,9 +118,9 @@ class ObjectReader:
         start, end = self._clip(start, end)
         pieces = self.pieces(start, end)
         if len(pieces) == 1:
-            return self._read_piece(pieces[0])
+            return self._read_piece(pieces[0], until)
         buffer = memory.allocate(end - start)
-        self._gather(pieces, memory.view(buffer), time.monotonic() + self.timeout_s)
+        self._gather(pieces, memory.view(buffer), time.monotonic() + self.timeout_s if until is None else until)
         return buffer
 
     def buffers(self) -> list[pa.Buffer]:

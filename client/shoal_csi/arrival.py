@@ -21,6 +21,7 @@ from shoal.errors import ShoalError
 from shoal_csi import handover, kernel, places, rundir, states
 from shoal_csi.handover import Held
 from shoal_csi.journal import Journal
+from shoal_csi.mount_table import MountTable
 from shoal_csi.rundir import Claim, Record
 
 
@@ -40,6 +41,7 @@ class Options:
     watch: float
     refuse_after: int
     daemon_module: str
+    timeout: float
     local_tier: str
     local_tier_size: int
 
@@ -74,7 +76,7 @@ def prepare(options: Options, journal: Journal) -> Found:
     try:
         return _without_supervisor(options, claim, journal)
     except BaseException:
-        claim.release(forget=kernel.find(options.mountpoint) is None)
+        claim.release(forget=MountTable.now().at(options.mountpoint) is None)
         raise
 
 
@@ -95,23 +97,22 @@ def _from_supervisor(options: Options) -> Found:
 
 def _without_supervisor(options: Options, claim: Claim, journal: Journal) -> Found:
     record = rundir.read(claim.directory)
-    there = kernel.find(options.mountpoint)
+    there = MountTable.now().at(options.mountpoint)
     notes = []
     if there is not None:
-        if there.fs_type != kernel.FS_TYPE:
-            raise ShoalError(
-                f"{options.mountpoint} is already a mount, of type {there.fs_type}: name another directory"
-            )
+        if there.kind != kernel.FS_TYPE:
+            raise ShoalError(f"{options.mountpoint} is already a mount, of type {there.kind}: name another directory")
         if record is not None and record.device != there.device:
             record = None
         held = None if record is None or not _is_wanted(record, options) else _of_orphan(record, journal)
         if record is not None and held is not None:
             note = f"the supervisor of {options.mountpoint} was dead: took the mount over with its daemon"
             return _adopted(options, claim, held, record, note)
-        notes.append(places.detach_stale(there, record))
-    if options.take_over:
+        if not options.take_over:
+            notes.append(places.detach_stale(there, record))
+    if options.take_over:  # what is there stays, whatever it is
         raise ShoalError(
-            f"nothing of Shoal's is mounted at {options.mountpoint} to be taken over: 'shoal mount' lists what is"
+            f"no mount of Shoal's can be taken over at {options.mountpoint}: 'shoal mount' lists those that live"
         )
     places.check(options.mountpoint)
     held = Held(places.open_device(), os.memfd_create("shoal-mount"), None)
@@ -141,6 +142,7 @@ def _adopted(options: Options, claim: Claim, held: Held, record: Record, note: s
         local_tier=options.local_tier or record.local_tier,
         local_tier_size=options.local_tier_size if options.local_tier else record.local_tier_size,
         allow_other=record.allow_other,
+        timeout=options.timeout or record.timeout_s,
     )
     event = states.Adopted(held.ready_fd is not None, record.restarts, record.is_established)
     return Found(options, claim, held, record, event, (note,))

@@ -6,6 +6,7 @@ The rule: it is known by a pidfd, so that no signal ever reaches a later process
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -49,7 +50,9 @@ class DaemonProcess:
                 stdout=says_fd,
                 # Its own end of the pipe, too: without a supervisor it must not fail at saying that it is ready.
                 pass_fds=(fuse_fd, state_fd, ready_fd),
-                process_group=0,  # Ctrl-C is for the supervisor
+                # Ctrl-C is for the supervisor. A process group of its own would be enough for that, but in a session of
+                # ours the kernel hangs up (SIGHUP) one that is stopped when we end, and the mount would end with us.
+                start_new_session=True,
             )
         except OSError:
             os.close(ready_fd)
@@ -66,7 +69,11 @@ class DaemonProcess:
     @classmethod
     def adopted(cls, known: Daemon, ready_fd: int) -> DaemonProcess:
         """One that another supervisor started. Raises OSError: it has ended."""
-        return cls(known, ready_fd, None, -1)
+        daemon = cls(known, ready_fd, None, -1)
+        if not known.is_running:  # looked at once the pidfd is there: it is of this process or of a later one
+            os.close(daemon.pidfd)
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        return daemon
 
     def go(self) -> bool:
         """Let it serve; whether it still lives to do so."""

@@ -89,9 +89,13 @@ class Keeper:
             self._say(logging.ERROR, "supervisors", f"supervisors cannot be looked after, trying again: {error}")
 
     def _rounds(self) -> None:
-        self.round()
-        while not self._stopping.wait(self._every_s):
-            self.round()
+        while True:
+            try:
+                self.round()
+            except Exception:  # what went wrong in one round may be well in the next
+                log.exception("the mounts cannot be looked after, trying again")
+            if self._stopping.wait(self._every_s):
+                return
 
     def _look_after(self, shared: SharedMount) -> bool:
         """Whether no volume has lost its mount, now."""
@@ -126,8 +130,7 @@ class Keeper:
                 seen = MountTable.now().at(target)
                 if seen is None or seen.device != user.device:
                     return False  # unpublished meanwhile
-                bind.detach(target)
-                bind.bind(fresh.mountpoint, user.root.strip("/"), target, capability.flags_of(user.options))
+                bind.replace(fresh.mountpoint, user.root.strip("/"), target, capability.flags_of(user.options))
                 return True
         except ShoalError as error:
             log.error("%s could not be bound again: %s", target, error)

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from shoal.errors import ShoalError
 from shoal_csi import kernel, places, probing, rundir
+from shoal_csi.mount_table import Mount, MountTable
 from shoal_csi.probing import Outcome
 from shoal_csi.rundir import Record
 
@@ -45,10 +46,11 @@ class Holder:
 
 def listed() -> list[dict[str, Any]]:
     """Every mount of Shoal's on this machine, as JSON: those known here, and those that only the kernel knows."""
-    attached = {mount.device: mount for mount in kernel.mounts() if mount.root == "/"}
+    mounted = MountTable.now().of_kind(kernel.FS_TYPE)
+    attached = {mount.device: mount for mount in mounted if mount.root == "/"}
     known = []
     for directory, record in rundir.records():
-        is_mounted = any(m.device == record.device and m.mountpoint == record.mountpoint for m in kernel.mounts())
+        is_mounted = any(m.device == record.device and m.mountpoint == record.mountpoint for m in mounted)
         has_supervisor = rundir.has_supervisor(directory)
         if not is_mounted and not has_supervisor:
             continue  # the leftovers of a supervisor that was killed after its mount was gone
@@ -67,11 +69,11 @@ def unmount(mountpoint: str, *, lazy: bool) -> dict[str, Any]:
         ShoalError: it is no mount of Shoal's; it is in use, with by whom; it may not be unmounted.
     """
     path = rundir.canonical(mountpoint)
-    there = kernel.find(path)
+    there = MountTable.now().at(path)
     if there is None:
         raise ShoalError(f"nothing is mounted at {path}: 'shoal mount' lists what is")
-    if there.fs_type != kernel.FS_TYPE:
-        raise ShoalError(f"{path} is not a mount of Shoal's but of type {there.fs_type}: use umount(8)")
+    if there.kind != kernel.FS_TYPE:
+        raise ShoalError(f"{path} is not a mount of Shoal's but of type {there.kind}: use umount(8)")
     directory = rundir.directory_of(path)
     record = rundir.read(directory)
     if record is not None and record.device != there.device:
@@ -107,7 +109,7 @@ def recover() -> list[dict[str, Any]]:
     for directory, record in rundir.records():
         if rundir.has_supervisor(directory):
             continue
-        there = kernel.find(record.mountpoint)
+        there = MountTable.now().at(record.mountpoint)
         if there is None or there.device != record.device:
             rundir.forget(directory)
         elif record.daemon is not None and record.daemon.is_running:
@@ -210,7 +212,7 @@ def _json(record: Record, *, is_mounted: bool, has_supervisor: bool) -> dict[str
     }
 
 
-def _stranger(mount: kernel.Mount) -> dict[str, Any]:
+def _stranger(mount: Mount) -> dict[str, Any]:
     name, _, snapshot = mount.source.removeprefix("shoal:").partition("@")
     return {
         "mountpoint": mount.mountpoint,
@@ -231,6 +233,7 @@ def _stranger(mount: kernel.Mount) -> dict[str, Any]:
 
 def _supervise(record: Record) -> None:
     command = [sys.executable, "-m", "shoal_csi.supervisor", "--mountpoint", record.mountpoint]
+    command += [] if record.allow_other else ["--no-allow-other"]  # where it has to be mounted anew
     command += ["--dataset", record.dataset, "--subpath", record.subpath, "--endpoint", record.endpoint]
     command += ["--daemon-module", record.daemon_module, "--background"]
     subprocess.Popen(

@@ -75,8 +75,9 @@ class Opens:
             found = self._slots.get(inode)
             if found is None:
                 if not self._free:
-                    self._free = list(reversed(range(self._state.slots, 2 * self._state.slots)))
+                    before = self._state.slots
                     self._state.grow()
+                    self._free = list(reversed(range(before, 2 * before)))
                 found = self._free.pop(), Slot(inode, backing, 0)
             result = self._count(thread, unique, inode, found)
         if backing not in (CACHED, result):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shoal.errors import ShoalError
 from shoal_csi import kernel, probing
+from shoal_csi.mount_table import Mount
 from shoal_csi.probing import Outcome
 from shoal_csi.rundir import Record
 
@@ -54,7 +55,7 @@ def refusal(mountpoint: str, error: OSError) -> str:
     return f"mounting at {mountpoint} failed: {error.strerror}"
 
 
-def detach_stale(there: kernel.Mount, record: Record | None) -> str:
+def detach_stale(there: Mount, record: Record | None) -> str:
     """Take away a mount of ours that has no supervisor; returns what was done, for people.
 
     Args:

@@ -70,6 +70,7 @@ class Record:
         since: seconds since the epoch, of this state.
         log: file that the processes write to; "" where that is no file.
         daemon_module: what ``python -m`` runs.
+        timeout_s: that one read may take; 0: what the daemon takes by itself. Records of before have none.
         local_tier, local_tier_size: as the daemon is given them; "" where there is none.
     """
 
@@ -90,6 +91,7 @@ class Record:
     since: float
     log: str
     daemon_module: str
+    timeout_s: float = 0.0
     local_tier: str = ""
     local_tier_size: int = 0
 

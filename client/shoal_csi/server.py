@@ -50,8 +50,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Threads that take requests, and threads that wait for nodes. Each of the latter holds one READ.
-TAKERS, WAITERS = 4, 16
+#: Threads that take requests, and threads that wait for nodes. Each of the latter holds one READ, and as many as the
+#: kernel sends at a time may wait for an origin that hangs, without those that need it not waiting for a thread.
+TAKERS, WAITERS = 4, 64
 #: The largest READ, in pages, and in bytes what the kernel may read ahead.
 MAX_PAGES = 256
 MAX_READAHEAD = 4 << 20
@@ -60,6 +61,9 @@ PASSTHROUGH_FROM = 128 << 10
 #: Objects up to this size are opened silently, where they are most of a dataset's bytes.
 SMALL_BYTES = 1 << 20
 
+#: A request whose reader got a signal is looked at so often: the kernel tells of the first one alone, and not when a
+#: later one is the last.
+_INTERRUPTED_AGAIN_S = 1.0
 _BUFFER_BYTES = 64 << 10
 _SIGKILL_BIT = 1 << 8
 #: Of a request whose answer is being written; no thread has this id.
@@ -129,8 +133,9 @@ class Server:
         if self._terms is not None:
             self._look_at(self._terms)
         self._waiters = Threads(WAITERS, "shoal-mount-wait")
-        self._lock = threading.Lock()  # guards _waiting and _ended
+        self._lock = threading.Lock()  # guards _waiting, _interrupts and _ended
         self._waiting: dict[int, int] = {}  # unique to thread id of those whose answers the pool gives
+        self._interrupts: list[int] = []  # that are to be had again
         self._ended = 0
         self._is_stopping = False
         self._busy = [False] * takers
@@ -236,7 +241,7 @@ class Server:
             log.warning("the kernel sent %s", error)
             if unique:
                 self._reply(protocol.pack_error(unique, errno.EINVAL))
-        except Exception:
+        except Exception:  # one request's surprise must not end the thread that takes the others
             log.exception("a request could not be answered")
             self._reply(protocol.pack_error(unique, errno.EIO))
         else:
@@ -272,7 +277,7 @@ class Server:
         except ShoalError as error:
             log.error("%s", failures.sentence(self._tree.path(inode), self._served.record.name, error))
             self._finish(unique, errno_=failures.errno_of(error))
-        except Exception:
+        except Exception:  # else its reader would wait for ever
             log.exception("a request could not be answered")
             self._finish(unique, errno_=errno.EIO)
 
@@ -360,8 +365,9 @@ class Server:
         if self.reads.is_at_hand(row, offset, end):
             self.reads.read(row, offset, end, lambda buffers: self._reply_buffers(unique, buffers))
             return None
-        job = lambda: self.reads.read(row, offset, end, lambda buffers: self._finish(unique, buffers))  # noqa: E731
-        self._later(header, header.node, job)
+        since = time.monotonic()
+        send = lambda buffers: self._finish(unique, buffers)  # noqa: E731
+        self._later(header, header.node, lambda: self.reads.read(row, offset, end, send, since))
         return None
 
     def _row(self, inode: int) -> int:
@@ -398,7 +404,21 @@ class Server:
         pid = self._waiting.get(unique, _CLAIMED)
         if pid != _CLAIMED and _is_killed(pid):
             self._finish(unique, errno_=errno.EINTR)
+            return None
+        with self._lock:
+            self._interrupts.append(header.unique)
+            is_first = len(self._interrupts) == 1
+        if is_first:
+            timer = threading.Timer(_INTERRUPTED_AGAIN_S, self._have_interrupts_again)
+            timer.daemon = True
+            timer.start()
         return None
+
+    def _have_interrupts_again(self) -> None:
+        with self._lock:
+            interrupts, self._interrupts = self._interrupts, []
+        for unique in interrupts:  # of a request that was answered meanwhile the kernel knows no more
+            self._reply(protocol.pack_error(unique, errno.EAGAIN))
 
     # Attributes
 

@@ -36,6 +36,7 @@ from shoal_csi.arrival import Found, Options
 from shoal_csi.daemons import DaemonProcess
 from shoal_csi.handover import Held
 from shoal_csi.journal import Journal
+from shoal_csi.mount_table import MountTable
 from shoal_csi.probing import Outcome, Probe
 from shoal_csi.rundir import Record
 from shoal_csi.states import Phase, State
@@ -81,7 +82,7 @@ class Supervisor:
         self._poll.register(self._listener, select.POLLIN)
         self._mounts_fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
         self._poll.register(self._mounts_fd, select.POLLPRI)  # proc(5): something was mounted or unmounted
-        self._is_aside = False
+        self._is_aside = self._comes_again = False
         if found.record is not None and found.record.daemon is not None and found.held.ready_fd is not None:
             with contextlib.suppress(ProcessLookupError):  # it ended just now
                 self._daemon = self._watched(DaemonProcess.adopted(found.record.daemon, found.held.ready_fd))
@@ -96,6 +97,8 @@ class Supervisor:
         """Do what follows from `first`, and from whatever happens then."""
         for event in first:
             self._happened(event)
+        if self._end is None:
+            self._look_at_the_mounts()  # nobody tells what was done before `_mounts_fd` was opened
         while self._end is None:
             ready = dict(self._poll.poll(self._patience_ms()))
             if ready:
@@ -109,6 +112,8 @@ class Supervisor:
 
     def _look(self, ready: dict[int, int]) -> None:
         """Deal with one thing that happened. What else did is found again by the next poll(2), unless this undid it."""
+        if self._mounts_fd in ready:  # but this, which poll(2) tells once
+            self._look_at_the_mounts()
         if self._wakeup in ready:
             for number in os.read(self._wakeup, 64):
                 self._journal.say(f"{signal.Signals(number).name} in phase {self._state.phase}")
@@ -132,11 +137,6 @@ class Supervisor:
                 self._happened(states.UpgradeAsked())
             else:
                 self._note()
-        elif self._mounts_fd in ready:
-            if not self._is_aside and not self._is_mounted():
-                self._is_aside = True
-                with contextlib.suppress(OSError):
-                    self._claim.move_aside()  # another mount may take the place, while files of this one are open
         elif self._probe is not None and self._probe.pidfd in ready:
             self._end_probe()
         elif self._listener.fileno() in ready:
@@ -144,9 +144,15 @@ class Supervisor:
         elif ready.get(self._fuse_fd, 0) & select.POLLERR:
             self._poll.unregister(self._fuse_fd)
             self._happened(states.ConnectionEnded(is_mounted=self._is_mounted()))
-        elif self._state.refuses_requests:
-            refusing.refuse(self._fuse_fd)
+        elif self._state.refuses_requests and self._fuse_fd in ready:
+            refusing.refuse(self._fuse_fd, comes_again=self._comes_again)
             self._look_at_the_clock()  # there may always be another one
+
+    def _look_at_the_mounts(self) -> None:
+        if not self._is_aside and not self._is_mounted():
+            self._is_aside = True
+            with contextlib.suppress(OSError):
+                self._claim.move_aside()  # another mount may take the place, while files of this one are open
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
@@ -230,6 +236,7 @@ class Supervisor:
         args = ["--dataset", options.dataset]
         args += ["--subpath", options.subpath] if options.subpath else []
         args += ["--endpoint", options.endpoint] if options.endpoint else []
+        args += ["--timeout", f"{options.timeout:g}"] if options.timeout else []
         if options.local_tier:
             args += ["--local-tier", options.local_tier, "--local-tier-size", str(options.local_tier_size)]
         return DaemonProcess.spawn(
@@ -316,6 +323,7 @@ class Supervisor:
     def _start_probe(self) -> None:
         if self._probe is not None or self._end is not None:
             return
+        self._journal.shorten()  # a daemon may serve for months, and log a line for each read that fails
         try:
             self._probe = Probe(self._options.mountpoint, self._device)
         except OSError as error:  # no memory, no processes
@@ -349,18 +357,20 @@ class Supervisor:
             self._poll.modify(self._fuse_fd, select.POLLIN if is_on else 0)
         self._journal.say("requests fail until a daemon comes up" if is_on else "requests wait for the daemon")
         if is_on:
-            refusing.take_back(self._fuse_fd)
+            self._comes_again = refusing.take_back(self._fuse_fd)
 
     # The mount.
 
     def _is_mounted(self) -> bool:
         return any(
-            mount.device == self._device and mount.mountpoint == self._options.mountpoint for mount in kernel.mounts()
+            mount.device == self._device and mount.mountpoint == self._options.mountpoint
+            for mount in MountTable.now().of_kind(kernel.FS_TYPE)
         )
 
     def _unmount(self) -> None:
-        if not self._is_mounted():
-            return
+        there = MountTable.now().at(self._options.mountpoint)
+        if there is None or there.device != self._device:
+            return  # somebody else did, or what is seen there is another's, mounted over ours
         try:
             kernel.unmount(self._options.mountpoint, lazy=False)
         except OSError as error:
@@ -378,7 +388,7 @@ class Supervisor:
             kernel.mount(self._fuse_fd, options.mountpoint, f"shoal:{options.dataset}", allow_other=options.allow_other)
         except OSError as error:
             return states.MountRefused(places.refusal(options.mountpoint, error))
-        made = kernel.find(options.mountpoint)
+        made = MountTable.now().at(options.mountpoint)
         self._device = made.device if made is not None else ""
         return states.Mounted()
 
@@ -432,6 +442,7 @@ class Supervisor:
             since=self._since,
             log=self._journal.path,
             daemon_module=options.daemon_module,
+            timeout_s=options.timeout,
             local_tier=options.local_tier,
             local_tier_size=options.local_tier_size,
         )
@@ -500,6 +511,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--local-tier", default="", help="an absolute path; of a mount that is taken over, its own")
     parser.add_argument("--local-tier-size", type=int, default=0, help="bytes")
     parser.add_argument("--daemon-module", default=DAEMON)
+    timeout_help = "seconds that one read may take; 0: what the daemon takes by itself"
+    parser.add_argument("--timeout", type=float, default=0.0, help=timeout_help)
     raw = parser.parse_args(argv)
     journal = Journal()
     try:

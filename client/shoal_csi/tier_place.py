@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 
 from shoal.errors import StoreUnusable
-from shoal_csi import kernel
+from shoal_csi.mount_table import MountTable
 
 
 def check(directory: Path) -> None:
@@ -33,7 +33,7 @@ def check(directory: Path) -> None:
             f"are: chown {os.geteuid()} {directory} && chmod go-w {directory}"
         )
     device = f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}"
-    if any(mount.device == device for mount in kernel.mounts("overlay")):
+    if any(mount.device == device for mount in MountTable.now().of_kind("overlay")):
         raise StoreUnusable(
             f"{directory} lies on overlayfs, whose files the kernel does not pass through: name a directory of a drive"
         )

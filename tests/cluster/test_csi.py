@@ -23,6 +23,7 @@ import pytest
 
 from shoal.cli.control import Control
 from shoal.devcluster import DevCluster
+from shoal.errors import NotFound
 from shoal_csi import bind, capability, mounts
 from shoal_csi import csi_pb2 as pb
 from tests.support import csi
@@ -564,6 +565,29 @@ def test_a_dead_mount_that_nobody_uses_is_detached(place: Place, shoal: DevClust
         wait_for(lambda: _nothing_is_left(place))
 
 
+def test_a_round_that_fails_is_not_the_last(place: Place, shoal: DevCluster) -> None:
+    folder = place.state / "mounts"
+    shared = folder / f"one@{_digest(shoal, 'one')}" / "1"
+    with driver(place, shoal.environment()):
+        folder.rmdir()
+        wait_for(lambda: "cannot be looked after, trying again" in place.log.read_text())
+        with csi.silent_mount(str(shared), "shoal"):
+            pass
+        wait_for(lambda: f"detached {shared}, which has lost its server" in place.log.read_text())
+
+
+def test_a_volume_stays_until_there_is_what_takes_its_place(place: Place) -> None:
+    """What a pod would find instead is an empty folder of the node."""
+    target = place.target("a")
+    Path(target).mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "before", target], check=True)
+    with pytest.raises(NotFound, match="'gone' is missing"):
+        bind.replace(str(place.stand_in / "one"), "gone", target, capability.ALWAYS)
+    assert [mount.source for mount in place.published()] == ["before"]
+    bind.replace(str(place.stand_in / "one"), "train", target, capability.ALWAYS)
+    assert files_in(target).keys() == {"0.bin", "1.bin"}
+
+
 def test_a_dead_volume_is_published_anew(place: Place, running: Driver) -> None:
     target = place.target("a")
     with csi.silent_mount(target, "somebody's"):
@@ -669,13 +693,19 @@ def test_a_volume_outlives_all_processes_of_its_mount(place: Place, real: Callab
     first = real()
     target = place.target("a")
     first.publish(target, {"dataset": "one", "subpath": "train"})
+    file = Path(place.target("file"))  # as the kubelet binds a volume's `subPath` for a container
+    file.touch()
+    subprocess.run(["mount", "--bind", f"{target}/1.bin", file], check=True)
     first.kill()
     (mounted,) = _served(place)
     for pid in (mounted["supervisor_pid"], mounted["daemon_pid"]):
         os.kill(pid, signal.SIGKILL)
     second = real()
-    wait_for(lambda: "bound again: 1 volumes" in place.log.read_text())
+    wait_for(lambda: "bound again: 2 volumes" in place.log.read_text())
     assert files_in(target).keys() == {"0.bin", "1.bin"}
+    assert file.read_bytes() == FILES["train/1.bin"]
+    subprocess.run(["umount", file], check=True)
+    file.unlink()
     second.unpublish(target)
     assert _nothing_is_left(place)
     assert _served(place) == []

@@ -21,6 +21,7 @@ from typing import Any, Self
 import pytest
 
 from shoal_csi import kernel, rundir
+from shoal_csi.mount_table import MountTable
 from shoal_csi.rundir import Record
 from tests.support.waiting import wait_for
 
@@ -70,7 +71,7 @@ class Place:
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        while kernel.find(self.mountpoint) is not None:
+        while MountTable.now().at(self.mountpoint) is not None:
             kernel.unmount(self.mountpoint, lazy=True, force=True)
         for supervisor in self.supervisors:
             supervisor.kill()
@@ -160,7 +161,7 @@ class Place:
         return self.record.spare_pid
 
     def is_mounted(self) -> bool:
-        return kernel.find(self.mountpoint) is not None
+        return MountTable.now().at(self.mountpoint) is not None
 
     def log(self) -> str:
         return "".join(path.read_text() for path in self.run_dir.glob("*.log"))
