@@ -15,20 +15,22 @@ The rule: the three read the same bytes with the same calls.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
 import statistics
-import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
-from benchmarks import command, machine
-from benchmarks.mounted import FULL, LARGE, TINY, Scale, forget, make_origin, sequential
+from benchmarks import command, machine, path_reads
+from benchmarks.harness import Outcome
+from benchmarks.mounted import forget
 from shoal import sizes
 from shoal.cli import output
 from shoal.cli.control import Control
@@ -40,65 +42,90 @@ NODES = 3
 SHARDS = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """One object of `large_bytes`, and `count` of `many_bytes`."""
+
+    large_bytes: int
+    random_reads: int
+    count: int
+    many_bytes: int
+    turns: int
+
+
+TINY = Scale(4 << 20, 20, 8, 3 << 19, 1)
+FULL = Scale(512 << 20, 4000, 64, 8 << 20, 5)
+
+
+def _ways(scale: Scale) -> dict[str, Callable[[str], Outcome]]:
+    return {
+        "sequential 1 MiB": lambda path: path_reads.sequential([path]),
+        "random 128 KiB": lambda path: path_reads.scattered([path], scale.large_bytes, scale.random_reads),
+        "map, scanned": lambda path: path_reads.scanned([path]),
+    }
+
+
 def measure(scale: Scale, directory: Path) -> dict[str, Any]:
     origin, tier = directory / "origin", directory / "tier"
-    make_origin(origin, scale)
+    (origin / "large").mkdir(parents=True)
+    (origin / "large/large.bin").write_bytes(np.random.default_rng(7).bytes(scale.large_bytes))
     tier.mkdir()
     with DevCluster(nodes=NODES, data_dir=directory / "cluster", capacity="4GiB") as cluster, ExitStack() as stack:
-        with Control(cluster.controller_grpc) as control:
-            url, shard_size = f"file://{origin / 'large'}", scale.large_bytes // SHARDS
-            control.add_dataset("large", url, shard_size=shard_size, replicas=1, storage_options=json.dumps({}))
+        _add(cluster, "large", origin, scale.large_bytes // SHARDS)
         words = ["--local-tier", str(tier), "--local-tier-size", str(2 * scale.large_bytes)]
         without = stack.enter_context(Mounted("large", cluster.environment()))
         having = stack.enter_context(Mounted("large", cluster.environment(), words))
         for mount in (without, having):
-            sequential(mount.path, scale)
+            path_reads.sequential([str(mount.path / "large.bin")])
         wait_for(lambda: having.report()["local_tier"]["files"] == 1, 120)
         paths = {"plain": origin / "large", "without": without.path, "with": having.path}
-        lines = [_compare(what, paths, scale) for what in LARGE]
+        lines = [_compare(what, read, paths, scale.turns) for what, read in _ways(scale).items()]
         report = having.report()
         first = _first_readings(cluster, directory, scale)
     assert report["local_tier"]["hits"] > 0, "it was read from the tier"
     return {"lines": lines, "first_reading": first, "report": report}
 
 
+def _add(cluster: DevCluster, name: str, origin: Path, shard_size: int) -> None:
+    with Control(cluster.controller_grpc) as control:
+        url = f"file://{origin / name}"
+        control.add_dataset(name, url, shard_size=shard_size, replicas=1, storage_options=json.dumps({}))
+
+
+def _compare(what: str, read: Callable[[str], Outcome], places: dict[str, Path], turns: int) -> dict[str, Any]:
+    rates: dict[str, list[float]] = {name: [] for name in places}
+    for turn in range(turns + 1):
+        for name, place in list(places.items())[:: 1 if turn % 2 else -1]:
+            path = str(place / "large.bin")
+            if name != "plain":
+                forget([path])
+            outcome = read(path)
+            if turn:
+                rates[name].append(outcome.size_bytes / outcome.seconds)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {"what": what, **medians, "ratio": medians["with"] / medians["without"]}
+
+
 def _first_readings(cluster: DevCluster, directory: Path, scale: Scale) -> dict[str, float]:
     """Bytes a second of the first reading through a new mount, whose objects the nodes have."""
-    origin, count, size = directory / "origin/many", 64 if scale.turns > 1 else 8, max(scale.large_bytes // 64, 3 << 19)
+    origin = directory / "origin/many"
     origin.mkdir()
-    for number in range(count):
-        (origin / f"{number:02}.bin").write_bytes(random.Random(number).randbytes(size))
-    with Control(cluster.controller_grpc) as control:
-        control.add_dataset("many", f"file://{origin}", shard_size=size, replicas=1, storage_options=json.dumps({}))
+    for number in range(scale.count):
+        (origin / f"{number:02}.bin").write_bytes(random.Random(number).randbytes(scale.many_bytes))
+    _add(cluster, "many", origin.parent, scale.many_bytes)
     names = sorted(path.name for path in origin.iterdir())
     rates: dict[str, list[float]] = {"without": [], "with": []}
     for turn in range(scale.turns + 1):
         for name in list(rates)[:: 1 if turn % 2 else -1]:
             tier = directory / f"tier-{turn}"
             tier.mkdir(exist_ok=True)
-            words = ["--local-tier", str(tier), "--local-tier-size", str(2 * count * size)] if name == "with" else []
+            limit = str(2 * scale.count * scale.many_bytes)
+            words = ["--local-tier", str(tier), "--local-tier-size", limit] if name == "with" else []
             with Mounted("many", cluster.environment(), words) as mount:
-                began = time.perf_counter()
-                assert sum(len((mount.path / each).read_bytes()) for each in names) == count * size
-                seconds = time.perf_counter() - began
+                outcome = path_reads.sequential([str(mount.path / each) for each in names])
             if turn:
-                rates[name].append(count * size / seconds)
+                rates[name].append(outcome.size_bytes / outcome.seconds)
     return {name: statistics.median(values) for name, values in rates.items()}
-
-
-def _compare(what: str, paths: dict[str, Path], scale: Scale) -> dict[str, Any]:
-    rates: dict[str, list[float]] = {name: [] for name in paths}
-    for turn in range(scale.turns + 1):
-        for name, path in list(paths.items())[:: 1 if turn % 2 else -1]:
-            if name != "plain":
-                forget(path / "large.bin")
-            began = time.perf_counter()
-            amount = LARGE[what](path, scale)
-            seconds = time.perf_counter() - began
-            if turn:
-                rates[name].append(amount / seconds)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    return {"what": what, **medians, "ratio": medians["with"] / medians["without"]}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -123,7 +150,7 @@ def show(result: dict[str, Any]) -> None:
 @command.workdir_option
 def main(json_path: Path | None, tiny: bool, workdir: Path | None) -> None:
     """A mount with a local tier beside one without."""
-    scale = dataclasses.replace(TINY if tiny else FULL, small_files=0)
+    scale = TINY if tiny else FULL
     with command.scratch(workdir) as directory:
         result = measure(scale, directory)
         result |= {"large_bytes": scale.large_bytes, "cores": len(os.sched_getaffinity(0))}
