@@ -26,6 +26,7 @@ bench: .venv/.test  ## full-size benchmarks, half an hour; results go to benchma
 	$(BIN)/python -m benchmarks.membership --json benchmarks/results/membership.json
 	$(BIN)/python -m benchmarks.epochs --json benchmarks/results/epochs.json
 	$(BIN)/python -m benchmarks.mounted --json benchmarks/results/mounted.json
+	$(BIN)/python -m benchmarks.tier --json benchmarks/results/tier.json
 	$(BIN)/python -m benchmarks.loaders $(if $(PEERS),--peers $(PEERS)) --json benchmarks/results/loaders.json
 	$(BIN)/python -m benchmarks
 

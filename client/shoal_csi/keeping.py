@@ -9,8 +9,8 @@
                 compares. What readers received is not put together instead: their ranges are no parts, and a wrong byte
                 that no checksum covers would be kept
 
-Before each part the thread waits while READs wait for nodes, for `GIVE_WAY_S` at most. So a mount that is never idle
-fills its tier slowly, and readers meet one request of the tier's at most.
+Before each part the thread waits while readers do, or bytes are fetched ahead of them, for `GIVE_WAY_S` at most. So a
+mount that is never idle fills its tier slowly, and readers meet one request of the tier's at most.
 
 The rule: nothing here is waited for by a reader. Whatever goes wrong is said once, and reads go on without the tier.
 """
@@ -58,10 +58,10 @@ class Keeping:
     Args:
         reader_of: gives the reader of a row.
         from_bytes: smaller objects are left out.
-        is_busy: whether readers wait for nodes.
+        is_busy: whether nodes are asked for bytes on behalf of readers.
 
     Attributes:
-        hits: opens that were answered with a file of the tier, by this server.
+        hits: opens that were answered with a file of the tier, by this server, but those that joined another one.
     """
 
     def __init__(

@@ -93,6 +93,7 @@ class Reads:
     Attributes:
         window_bytes, most_window_bytes: held by windows, now and at most so far.
         exact_bytes, ahead_bytes: read exactly, and fetched ahead, so far.
+        fetching: windows that are on their way.
     """
 
     def __init__(self, reader_of: Callable[[int], ObjectReader], limit_bytes: int = LIMIT_BYTES) -> None:
@@ -104,7 +105,7 @@ class Reads:
         self._windows: OrderedDict[_Window, None] = OrderedDict()  # the one used longest ago first
         self._of_row: dict[int, list[_Window]] = {}
         self._failures: deque[_Failure] = deque(maxlen=_FAILURES_KEPT)  # in the order of their ends
-        self.window_bytes = self.most_window_bytes = self.exact_bytes = self.ahead_bytes = 0
+        self.window_bytes = self.most_window_bytes = self.exact_bytes = self.ahead_bytes = self.fetching = 0
 
     def close(self) -> None:
         """Begin no more windows."""
@@ -174,6 +175,7 @@ class Reads:
 
     def _fetched(self, window: _Window) -> None:
         with self._lock:
+            self.fetching -= 1
             self._release(window, 0)
 
     def _mapped(self, row: int, start: int, end: int) -> list[pa.Buffer] | None:
@@ -265,6 +267,7 @@ class Reads:
         self._of_row.setdefault(reader.row, []).append(window)
         self.window_bytes += size
         self.ahead_bytes += size
+        self.fetching += 1
         self.most_window_bytes = max(self.most_window_bytes, self.window_bytes)
         future.add_done_callback(lambda _: self._fetched(window))
 

@@ -484,9 +484,8 @@ class Server:
 
     def _keep(self, tier: Tier) -> Keeping:
         record, snapshot, _, reader_of = self._served
-        return Keeping(
-            tier, record, snapshot, reader_of, from_bytes=PASSTHROUGH_FROM, is_busy=lambda: bool(self._waiting)
-        )
+        is_busy = lambda: bool(self._waiting or self.reads.fetching)  # noqa: E731
+        return Keeping(tier, record, snapshot, reader_of, from_bytes=PASSTHROUGH_FROM, is_busy=is_busy)
 
     def _choose(self, row: int) -> int:
         """A new backing id for an object that the local node or the local tier has as one file; else `CACHED`."""

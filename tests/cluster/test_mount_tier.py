@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -267,3 +268,20 @@ def test_a_mount_of_small_files_has_no_use_for_it(make: Callable[..., Dataset], 
         read(mount, dataset, *dataset.objects)
         assert "nothing is passed through" in mount.report()["local_tier"]["fault"]
         assert files_of(tier) == []
+
+
+@pytest.mark.long  # three nodes and some mounts of its own
+def test_the_benchmark_runs_tiny(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.tier", "--tiny", "--workdir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "tier.json")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "tier.json").read_text())
+    assert [line["what"] for line in result["lines"]] == ["sequential 1 MiB", "random 128 KiB", "map, scanned"]
+    assert result["report"]["local_tier"]["files"] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"tier.json"}

@@ -496,6 +496,22 @@ def test_a_full_and_a_read_only_file_system(tmp_path: Path) -> None:
                 Tier(drive, 4 * MIB)
 
 
+def test_a_stacked_file_system(tmp_path: Path) -> None:
+    parts = [tmp_path / name for name in ("lower", "upper", "work", "merged")]
+    for part in parts:
+        part.mkdir()
+    lower, upper, work, merged = parts
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    done = subprocess.run(["mount", "-t", "overlay", "-o", options, "none", merged], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"overlayfs cannot be mounted here: {done.stderr.decode()}")
+    try:
+        with pytest.raises(StoreUnusable, match="lies on overlayfs"):
+            Tier(merged, MIB)
+    finally:
+        subprocess.run(["umount", merged], check=True)
+
+
 def test_a_directory_that_was_emptied(tier: Tier, place: Path) -> None:
     fill(tier, 1)
     subprocess.run(["rm", "-r", *place.iterdir()], check=True)
