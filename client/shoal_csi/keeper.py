@@ -20,9 +20,9 @@ import threading
 
 from shoal.errors import ShoalError
 from shoal_csi import bind, capability
-from shoal_csi.answering import State
 from shoal_csi.locks import Locks
 from shoal_csi.mount_table import Mount, MountTable
+from shoal_csi.probing import State
 from shoal_csi.refusals import Busy
 from shoal_csi.shared import SharedMount, SharedMounts
 from shoal_csi.targets import target_lock

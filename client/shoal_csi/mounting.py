@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from shoal_csi import mounts
-from shoal_csi.answering import Prober, State
+from shoal_csi.probing import Prober, State
 from shoal_csi.refusals import MountFailed
 
 #: From the command to the first answer; a mount begins with a snapshot, which may have to come from another node.

@@ -25,7 +25,6 @@ from typing import Any, NoReturn
 from shoal.errors import ShoalError
 from shoal_csi import kernel, places, probing, rundir
 from shoal_csi.mount_table import Mount, MountTable
-from shoal_csi.probing import Outcome
 from shoal_csi.rundir import Record
 
 #: A probe of the supervisor's, or a look of somebody's, makes a mount busy for a moment.
@@ -88,8 +87,7 @@ def unmount(mountpoint: str, *, lazy: bool) -> dict[str, Any]:
         if error.errno != errno.EBUSY:
             places.force_away(path, is_alive=True)  # raises for the same reason, in words
         else:
-            outcome = probing.ask(path, there.device, places.DEAD_AFTER_S)
-            if outcome is Outcome.ANSWERED:
+            if probing.ask(path, places.DEAD_AFTER_S).is_answer_of(there.device):
                 raise ShoalError(_busy(path, there.device)) from None
             places.force_away(path, is_alive=False)
             how, is_cut_off = "cut off, because it did not answer", True

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from shoal.errors import ShoalError
 from shoal_csi import bind
-from shoal_csi.answering import Prober, State
 from shoal_csi.locks import Locks
 from shoal_csi.mount_table import Mount, MountTable
 from shoal_csi.mounting import Mounts
+from shoal_csi.probing import Prober, State
 from shoal_csi.refusals import NotAnswering
 
 log = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from shoal_csi.daemons import DaemonProcess
 from shoal_csi.handover import Held
 from shoal_csi.journal import Journal
 from shoal_csi.mount_table import MountTable
-from shoal_csi.probing import Outcome, Probe
+from shoal_csi.probing import Probe
 from shoal_csi.rundir import Record
 from shoal_csi.states import Phase, State
 
@@ -325,7 +325,7 @@ class Supervisor:
             return
         self._journal.shorten()  # a daemon may serve for months, and log a line for each read that fails
         try:
-            self._probe = Probe(self._options.mountpoint, self._device)
+            self._probe = Probe(self._options.mountpoint)
         except OSError as error:  # no memory, no processes
             self._probe_at = time.monotonic() + SECOND_PROBE_S
             self._journal.say(f"the mount cannot be asked: {error}")
@@ -334,13 +334,13 @@ class Supervisor:
 
     def _end_probe(self) -> None:
         assert self._probe is not None
-        outcome = self._probe.outcome()
+        is_answered = self._probe.finding().is_answer_of(self._device)
         self._drop_probe()
-        is_early = self._state.probes == 0 or outcome is not Outcome.ANSWERED
+        is_early = self._state.probes == 0 or not is_answered
         self._probe_at = time.monotonic() + (
             min(SECOND_PROBE_S, self._options.watch) if is_early else self._options.watch
         )
-        if outcome is Outcome.ANSWERED:
+        if is_answered:
             self._happened(states.ProbeAnswered())
             is_well = self._state.phase is Phase.SERVING and self._state.failures == 0 and self._state.probes > 1
             if is_well and self._options.spare and self._spare is None:
