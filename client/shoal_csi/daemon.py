@@ -100,6 +100,11 @@ def open_tier(directory: Path | None, limit_bytes: int, *, is_first: bool) -> Ti
         return None
 
 
+def check_state(state_fd: int) -> None:
+    """Raises StoreUnusable: this daemon could not go on with what its predecessor left."""
+    State.check(state_fd)
+
+
 def serve(state: State, fs: ShoalFileSystem, dataset: str, subpath: str) -> Served:
     """What this mount is of: what its first server pinned, or, for that one, what `dataset` means now.
 
