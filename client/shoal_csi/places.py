@@ -12,7 +12,7 @@ import signal
 from pathlib import Path
 
 from shoal.errors import ShoalError
-from shoal_csi import kernel, probing
+from shoal_csi import deposits, kernel, probing
 from shoal_csi.mount_table import Mount
 from shoal_csi.probing import State
 from shoal_csi.rundir import Record
@@ -73,6 +73,7 @@ def detach_stale(there: Mount, record: Record | None) -> str:
             f"unmount it with 'shoal umount {there.mountpoint}'"
         )
     force_away(there.mountpoint, is_alive=is_alive)
+    deposits.withdraw(there.device)  # nobody comes back for it: what is open ends with its daemon
     if record is not None and not is_alive:
         kill_orphan(record)
     was = "that no supervisor kept: files that are open in it may be read on" if is_alive else "that answered nothing"
@@ -95,6 +96,7 @@ def force_away(mountpoint: str, *, is_alive: bool) -> None:
 
 def kill_orphan(record: Record) -> None:
     """End a daemon that has no supervisor and does not answer."""
-    if record.daemon is not None and record.daemon.is_running:
+    daemon = record.living_daemon
+    if daemon is not None:
         with contextlib.suppress(OSError):
-            os.kill(record.daemon.pid, signal.SIGKILL)
+            os.kill(daemon.pid, signal.SIGKILL)

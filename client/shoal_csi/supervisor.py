@@ -7,7 +7,7 @@ HUP puts a new daemon in the old one's place, unless it comes from a terminal th
 second one does not wait for open files). What happens when is `shoal_csi.states`; here it is done. Descriptors of the
 connection, of the memory in which daemons leave what their successors need, and of the pipe on which they say ready are
 in the daemon, too, so that the death of this process costs nothing: the daemon serves on, and the next supervisor takes
-them from there (`shoal_csi.handover`).
+them from there (`shoal_csi.handover`). Against the death of both the descriptor store has them, where there is one.
 
 It is small on purpose, and asks the kernel to look for memory elsewhere: what it holds is all that cannot be replaced.
 
@@ -34,6 +34,7 @@ from shoal.errors import ShoalError
 from shoal_csi import arrival, daemons, handover, kernel, places, refusing, rundir, states
 from shoal_csi.arrival import Found, Options
 from shoal_csi.daemons import DaemonProcess
+from shoal_csi.deposits import Deposit
 from shoal_csi.handover import Held
 from shoal_csi.journal import Journal
 from shoal_csi.mount_table import MountTable
@@ -61,6 +62,7 @@ class Supervisor:
         self._options, self._claim, self._notes = found.options, found.claim, list(found.notes)
         self._fuse_fd, self._state_fd = found.held.fuse_fd, found.held.state_fd
         self._journal = journal
+        self._deposit = Deposit(journal.say)
         patience_s = PATIENCE * found.options.watch
         self._state = State(patience_s=patience_s, usual_patience_s=patience_s, refuse_after=found.options.refuse_after)
         self._since = time.time()
@@ -86,6 +88,9 @@ class Supervisor:
         if found.record is not None and found.record.daemon is not None and found.held.ready_fd is not None:
             with contextlib.suppress(ProcessLookupError):  # it ended just now
                 self._daemon = self._watched(DaemonProcess.adopted(found.record.daemon, found.held.ready_fd))
+                self._deposit.put(self._device, found.held)
+        if found.spare is not None:
+            self._spare = self._watched(found.spare)
 
     @property
     def has_daemon(self) -> bool:
@@ -107,6 +112,8 @@ class Supervisor:
                 self._look_at_the_clock()
         if self._end.sentence:
             self._journal.fail(self._end.sentence)
+        if self._successor is None:
+            self._deposit.withdraw()  # what is still open in the mount ends with the last descriptor
         self._claim.release(forget=self._successor is None)
         return self._end.status
 
@@ -227,21 +234,14 @@ class Supervisor:
         except OSError as error:  # no memory, no processes: as if it had ended at once
             self._happened(states.DaemonEnded(f"it could not be started: {error}"))
             return
+        self._deposit.put(self._device, Held(self._fuse_fd, self._state_fd, daemon.ready_fd))
         daemon.go()
         self._daemon = daemon
         self._journal.say(f"daemon {daemon.known.pid} starts")
 
     def _spawn(self) -> DaemonProcess:
-        options = self._options
-        args = ["--dataset", options.dataset]
-        args += ["--subpath", options.subpath] if options.subpath else []
-        args += ["--endpoint", options.endpoint] if options.endpoint else []
-        args += ["--timeout", f"{options.timeout:g}"] if options.timeout else []
-        if options.local_tier:
-            args += ["--local-tier", options.local_tier, "--local-tier-size", str(options.local_tier_size)]
-        return DaemonProcess.spawn(
-            options.daemon_module, args, self._fuse_fd, self._state_fd, oom_score_adj=_OOM_SCORE_ADJ_BEFORE
-        )
+        module, args = self._options.daemon_module, self._options.daemon_args
+        return DaemonProcess.spawn(module, args, self._fuse_fd, self._state_fd, oom_score_adj=_OOM_SCORE_ADJ_BEFORE)
 
     def _watched(self, daemon: DaemonProcess) -> DaemonProcess:
         self._poll.register(daemon.pidfd, select.POLLIN)
@@ -292,15 +292,11 @@ class Supervisor:
         start = self._journal.size()
         if not self._load_spare():
             return False
-        deadline = time.monotonic() + states.START_S
-        while self._spare is not None and not self._spare.is_loaded:
-            ready = dict(self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-            if self._spare.pidfd in ready or not ready:
-                self._bury_spare()
-                said = self._journal.last_words(start)
-                self._notes.append(f"the installed daemon does not load, and the one that serves stays: {said}")
-            elif self._spare.ready_fd in ready:
-                self._hear(self._spare)
+        assert self._spare is not None
+        if not self._spare.wait_until_loaded(states.START_S):
+            self._bury_spare()
+            said = self._journal.last_words(start)
+            self._notes.append(f"the installed daemon does not load, and the one that serves stays: {said}")
         return self._spare is not None
 
     def _bury_spare(self) -> None:
@@ -342,6 +338,7 @@ class Supervisor:
         )
         if is_answered:
             self._happened(states.ProbeAnswered())
+            self._deposit.renew()
             is_well = self._state.phase is Phase.SERVING and self._state.failures == 0 and self._state.probes > 1
             if is_well and self._options.spare and self._spare is None:
                 self._load_spare()
@@ -445,16 +442,22 @@ class Supervisor:
             timeout_s=options.timeout,
             local_tier=options.local_tier,
             local_tier_size=options.local_tier_size,
+            pid_namespace=rundir.namespace("pid"),
+            mount_namespace=rundir.namespace("mnt"),
         )
 
     def _hand_over(self) -> None:
         can = self._state.phase in (Phase.STARTING, Phase.SERVING, Phase.WAITING)
         refusal = "" if can else f"it is {self._state.phase}"
         held = Held(self._fuse_fd, self._state_fd, None if self._daemon is None else self._daemon.ready_fd)
-        self._successor = handover.give(self._listener, self._record(), held, refusal=refusal)
+        self._successor = handover.give(self._listener, self._record(), held, self._finish_daemon, refusal=refusal)
         if self._successor is not None:
             self._journal.say("a successor took over")
             self._happened(states.SuccessorTookOver())
+
+    def _finish_daemon(self) -> None:
+        if self._daemon is not None:
+            self._daemon.finish(states.FINISH_S)
 
 
 def _signals() -> int:
