@@ -79,12 +79,12 @@ class Supervisor:
         self._poll = select.poll()
         self._wakeup = _signals()
         self._listener = handover.listen(self._claim.directory)
-        self._poll.register(self._fuse_fd, 0)  # POLLERR alone: the connection has ended
         self._poll.register(self._wakeup, select.POLLIN)
         self._poll.register(self._listener, select.POLLIN)
         self._mounts_fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
         self._poll.register(self._mounts_fd, select.POLLPRI)  # proc(5): something was mounted or unmounted
-        self._is_aside = self._comes_again = False
+        self._is_aside = self._comes_again = self._has_ended = False
+        self._awaited: int | None = None  # what poll(2) waits for at the connection
         if found.record is not None and found.record.daemon is not None and found.held.ready_fd is not None:
             with contextlib.suppress(ProcessLookupError):  # it ended just now
                 self._daemon = self._watched(DaemonProcess.adopted(found.record.daemon, found.held.ready_fd))
@@ -149,8 +149,7 @@ class Supervisor:
         elif self._listener.fileno() in ready:
             self._hand_over()
         elif ready.get(self._fuse_fd, 0) & select.POLLERR:
-            self._poll.unregister(self._fuse_fd)
-            self._happened(states.ConnectionEnded(is_mounted=self._is_mounted()))
+            self._look_at_connection()
         elif self._state.refuses_requests and self._fuse_fd in ready:
             refusing.refuse(self._fuse_fd, comes_again=self._comes_again)
             self._look_at_the_clock()  # there may always be another one
@@ -160,6 +159,7 @@ class Supervisor:
             self._is_aside = True
             with contextlib.suppress(OSError):
                 self._claim.move_aside()  # another mount may take the place, while files of this one are open
+            self._await_connection()
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
@@ -194,10 +194,35 @@ class Supervisor:
             self._journal.say(f"{before.phase} -> {self._state.phase}{why}")
         if self._state.refuses_requests != before.refuses_requests:
             self._refuse(self._state.refuses_requests)
+        self._await_connection()
         for action in actions:
             self._do(action)
         if self._end is None:
             self._note()
+
+    def _await_connection(self) -> None:
+        """Have poll(2) tell of the connection's end, and of requests that are to be refused.
+
+        Not while a daemon serves the mount: its own end tells, or that it answers nothing, and each of its requests
+        would wake this process, too.
+        """
+        is_served = self._state.has_daemon and self._state.phase in (Phase.STARTING, Phase.SERVING, Phase.REPLACING)
+        is_told = self._has_ended or (is_served and not self._is_aside)
+        awaited = None if is_told else select.POLLIN if self._state.refuses_requests else 0  # 0: POLLERR alone
+        if awaited != self._awaited:
+            if self._awaited is not None:
+                self._poll.unregister(self._fuse_fd)
+            if awaited is not None:
+                self._poll.register(self._fuse_fd, awaited)
+            self._awaited = awaited
+
+    def _look_at_connection(self) -> None:
+        poll = select.poll()
+        poll.register(self._fuse_fd, 0)
+        if poll.poll(0) and not self._has_ended:
+            self._has_ended = True
+            self._await_connection()
+            self._happened(states.ConnectionEnded(is_mounted=self._is_mounted()))
 
     def _do(self, action: states.Action) -> None:
         match action:
@@ -268,6 +293,7 @@ class Supervisor:
         self._journal.say(f"daemon {daemon.known.pid} ended: {sentence}")
         is_said = status is not None and status > 0
         said = (self._journal.last_words(self._log_start) or f"it ended with {sentence}") if is_said else ""
+        self._look_at_connection()
         self._happened(states.DaemonEnded(sentence, said))
 
     def _upgrade(self) -> None:
@@ -342,6 +368,8 @@ class Supervisor:
             is_well = self._state.phase is Phase.SERVING and self._state.failures == 0 and self._state.probes > 1
             if is_well and self._options.spare and self._spare is None:
                 self._load_spare()
+        else:
+            self._look_at_connection()
 
     def _drop_probe(self) -> None:
         if self._probe is not None:
@@ -350,8 +378,6 @@ class Supervisor:
             self._probe = None
 
     def _refuse(self, is_on: bool) -> None:
-        with contextlib.suppress(FileNotFoundError):  # the connection has ended
-            self._poll.modify(self._fuse_fd, select.POLLIN if is_on else 0)
         self._journal.say("requests fail until a daemon comes up" if is_on else "requests wait for the daemon")
         if is_on:
             self._comes_again = refusing.take_back(self._fuse_fd)

@@ -168,6 +168,25 @@ def test_what_keeps_descriptors_is_light() -> None:
 
 
 @pytest.mark.long
+def test_requests_wake_the_daemon_alone(place: Place) -> None:
+    """Who waits for a connection is woken for each of them, also where only its end is waited for."""
+    store = place.store()
+    supervisor = place.mount()
+    place.wait_for_spare()
+    watchers = (store.pid, supervisor.pid)
+    with opened(place, 1) as fd:
+        before = [_switches(pid) for pid in watchers]
+        for number in range(2000):
+            assert len(os.pread(fd, 100, number)) == 100
+        assert all(_switches(pid) - earlier < 500 for pid, earlier in zip(watchers, before, strict=True))
+
+
+def _switches(pid: int) -> int:
+    """How often a process waited for something."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
+@pytest.mark.long
 def test_the_same_command_again_takes_a_kept_mount_over(place: Place) -> None:
     place.store()
     place.mount()
