@@ -102,7 +102,8 @@ class DataPlane:
     async def _read(self, request: Request, spec: ShardSpec) -> Response:
         wanted = ByteRange.parse(request.headers.get("range"), spec.size_bytes)
         length = wanted.end - wanted.start
-        if request.method == "HEAD":
+        if request.method == "HEAD":  # whose sender reads what no node sees
+            self.node.usage.used(spec.dataset.record.name)
             return Response(wanted.status, {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}, length=length)
         if "shoal-suspect" in request.headers:
             await self.node.check(spec.key)

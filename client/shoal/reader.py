@@ -16,6 +16,7 @@ import functools
 import itertools
 import logging
 import os
+import random
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -211,6 +212,30 @@ class ObjectReader:
             except ShoalError as error:
                 log.debug("node %s gives no byte of %s from its cache: %s", node.id, shard, error)
         return False
+
+    def tell_of_use(self, told: set[str]) -> int:
+        """Tell the owners of one of the object's shards that its dataset is in use; returns how many heard it.
+
+        For a process whose reads reach no node. One that does not answer is passed over.
+
+        Args:
+            told: ids of nodes that need not be told. Those that are asked here come to it.
+
+        Raises:
+            ClusterUnavailable: no node may own the shard.
+        """
+        index = random.randrange(shards.shard_count(self.size_bytes, self._shard_size)) if self.size_bytes else 0
+        shard, heard = self.shard(index), 0
+        for node in self.owners(index):
+            if node.id in told:
+                continue
+            told.add(node.id)
+            try:
+                self._cluster.transport.get(self._cluster.address_of(node), shard.target, method="HEAD", is_hasty=True)
+                heard += 1
+            except ShoalError as error:
+                log.debug("node %s does not hear that %s is in use: %s", node.id, shard, error)
+        return heard
 
     def first_owner(self, index: int, failed: Collection[str] = ()) -> Node:
         """The node that a shard is asked of first, unless another owner is nearer.

@@ -28,6 +28,7 @@ from shoal.cli.output import SizeType
 from shoal.datasets import parse_path
 from shoal.errors import ShoalError
 from shoal.filesystem import ShoalFileSystem
+from shoal.maps import RENEW_S
 from shoal.reader import TIMEOUT_S
 from shoal_csi.server import Served, Server
 from shoal_csi.state import State
@@ -51,6 +52,9 @@ STOP_GRACE_S = 5.0
 @click.option("--window-bytes", type=SizeType(), default="64MiB", help="What may be held that was fetched ahead.")
 @click.option("--local-tier", type=Path, help="A directory in which objects are kept that other nodes have.")
 @click.option("--local-tier-size", type=SizeType(), default=0, help="What that may hold.")
+@click.option(
+    "--renew-every", type=float, default=RENEW_S, help="Seconds between two times that nodes are told of what is open."
+)
 @click.option("--verbose", is_flag=True, help="Log also what is only of use to whoever looks for a fault.")
 def main(
     fd: int,
@@ -63,6 +67,7 @@ def main(
     window_bytes: int,
     local_tier: Path | None,
     local_tier_size: int,
+    renew_every: float,
     verbose: bool,
 ) -> None:
     """Serve a mounted dataset until it is unmounted."""
@@ -80,7 +85,7 @@ def main(
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     # What is left undone here is handed out again to a successor, and nobody waits for threads that wait for nodes.
-    os._exit(run(fd, served, state, tier, window_bytes))
+    os._exit(run(fd, served, state, tier, window_bytes, renew_every))
 
 
 def open_tier(directory: Path | None, limit_bytes: int, *, is_first: bool) -> Tier | None:
@@ -98,6 +103,11 @@ def open_tier(directory: Path | None, limit_bytes: int, *, is_first: bool) -> Ti
             raise
         log.warning("nothing is kept in the local tier: %s", error)
         return None
+
+
+def check_state(state_fd: int) -> None:
+    """Raises StoreUnusable: this daemon could not go on with what its predecessor left."""
+    State.check(state_fd)
 
 
 def serve(state: State, fs: ShoalFileSystem, dataset: str, subpath: str) -> Served:
@@ -126,7 +136,7 @@ def serve(state: State, fs: ShoalFileSystem, dataset: str, subpath: str) -> Serv
     return Served(record, snapshot, tree, lambda row: fs.object_reader(record, snapshot, row))
 
 
-def run(fd: int, served: Served, state: State, tier: Tier | None, window_bytes: int) -> int:
+def run(fd: int, served: Served, state: State, tier: Tier | None, window_bytes: int, renew_s: float) -> int:
     """Serve until the file system is unmounted or SIGTERM comes; the status to end with."""
     # A descriptor and not a `threading.Event`, whose lock a signal's handler might find held by its own thread.
     over, is_wanted = os.eventfd(0, os.EFD_CLOEXEC), False
@@ -136,7 +146,10 @@ def run(fd: int, served: Served, state: State, tier: Tier | None, window_bytes: 
         is_wanted = True
         os.eventfd_write(over, 1)
 
-    server = Server(fd, served, state, on_over=lambda: os.eventfd_write(over, 1), tier=tier, window_bytes=window_bytes)
+    def on_over() -> None:
+        os.eventfd_write(over, 1)
+
+    server = Server(fd, served, state, on_over=on_over, tier=tier, window_bytes=window_bytes, renew_s=renew_s)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     server.start()

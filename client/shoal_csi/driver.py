@@ -18,7 +18,6 @@ from pathlib import Path
 import grpc
 
 from shoal.errors import InvalidRequest, StoreUnusable
-from shoal_csi.answering import Prober
 from shoal_csi.catalog import Catalog
 from shoal_csi.controller import Controller
 from shoal_csi.csi_pb2_grpc import (
@@ -31,6 +30,7 @@ from shoal_csi.keeper import Keeper
 from shoal_csi.locks import Locks
 from shoal_csi.mounting import CommandMounts
 from shoal_csi.node import Node
+from shoal_csi.probing import Prober
 from shoal_csi.refusals import Seam
 from shoal_csi.shared import SharedMounts
 

@@ -9,10 +9,10 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from shoal_csi import mounts
-from shoal_csi.answering import Prober, State
+from shoal_csi.probing import Prober, State
 from shoal_csi.refusals import MountFailed
 
 #: From the command to the first answer; a mount begins with a snapshot, which may have to come from another node.
@@ -34,8 +34,14 @@ class Mounts(Protocol):
     def is_answering(self, mountpoint: str) -> bool:
         """Whether the mount answers now, found out in bounded time."""
 
-    def recover(self) -> list[str]:
-        """Put in order what lost only its supervisor; a sentence for each. Raises ShoalError."""
+    def revive(self, folder: str) -> list[str]:
+        """Go on with what only the descriptor store keeps, of the mounts in `folder`; a sentence for each."""
+
+    def recover(self, folder: str) -> list[str]:
+        """Go on with what lost its supervisor, take away what lost all; a sentence for each. Raises ShoalError."""
+
+    def take_over(self, folder: str) -> list[str]:
+        """Serve from here what other containers serve; a sentence for each."""
 
 
 class CommandMounts:
@@ -61,8 +67,14 @@ class CommandMounts:
     def is_answering(self, mountpoint: str) -> bool:
         return self._prober.probe(mountpoint).state is State.ALIVE
 
-    def recover(self) -> list[str]:
-        return [f"{each['mountpoint']}: {each['how']}" for each in mounts.recover()]
+    def revive(self, folder: str) -> list[str]:
+        return _sentences(mounts.revive(under=folder))
+
+    def recover(self, folder: str) -> list[str]:
+        return _sentences(mounts.recover(under=folder))
+
+    def take_over(self, folder: str) -> list[str]:
+        return _sentences(mounts.take_over(under=folder))
 
     def _run(self, words: Sequence[str], timeout_s: float) -> None:
         line = " ".join(["shoal", *words])
@@ -87,3 +99,7 @@ class CommandMounts:
                 said.seek(0)
                 sentence = said.read()[-_SAID_BYTES:].decode(errors="replace").strip() or f"exit status {status}"
                 raise MountFailed(f"'{line}' failed: {sentence}")
+
+
+def _sentences(done: list[dict[str, Any]]) -> list[str]:
+    return [f"{each['mountpoint']}: {each['how']}" for each in done]

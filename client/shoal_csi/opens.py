@@ -50,6 +50,11 @@ class Opens:
         """Inodes that are open."""
         return len(self._slots)
 
+    def inodes(self) -> list[int]:
+        """Those that are open."""
+        with self._lock:
+            return list(self._slots)
+
     def backing_of(self, inode: int) -> int | None:
         """The backing id of an open inode, or `CACHED`; None where it is not open."""
         with self._lock:

@@ -32,6 +32,7 @@ import pyarrow as pa
 
 from shoal.datasets import DatasetRecord
 from shoal.errors import NotFound, ShoalError
+from shoal.maps import RENEW_S
 from shoal.parallel import run_parallel
 from shoal.shards import shard_count
 from shoal.snapshot import Snapshot
@@ -39,6 +40,7 @@ from shoal.threads import Threads
 from shoal_csi import failures, kernel, protocol
 from shoal_csi.keeping import Keeping
 from shoal_csi.opens import CACHED, Opens
+from shoal_csi.presence import Presence
 from shoal_csi.protocol import WRITES, Header, Init, Malformed, Opcode, Open
 from shoal_csi.reads import LIMIT_BYTES, Reads
 from shoal_csi.state import MAX_THREADS, State
@@ -102,6 +104,7 @@ class Server:
         tier: where objects are kept that the node of this machine does not have; None: nowhere.
         window_bytes: what may be held that was fetched ahead.
         takers: threads that take requests.
+        renew_s: between two times that nodes are told of what is open.
 
     Attributes:
         opens, reads: of the mount, with their counters.
@@ -117,6 +120,7 @@ class Server:
         tier: Tier | None = None,
         window_bytes: int = LIMIT_BYTES,
         takers: int = TAKERS,
+        renew_s: float = RENEW_S,
     ) -> None:
         assert takers <= MAX_THREADS
         self._fd = fd
@@ -132,6 +136,8 @@ class Server:
         self._keeping = None if tier is None else self._keep(tier)
         if self._terms is not None:
             self._look_at(self._terms)
+        hidden = self._tree.rows if self._silent else range(0)
+        self._presence = Presence(served.reader_of, self._open_rows, hidden, every_s=renew_s)
         self._waiters = Threads(WAITERS, "shoal-mount-wait")
         self._lock = threading.Lock()  # guards _waiting, _interrupts and _ended
         self._waiting: dict[int, int] = {}  # unique to thread id of those whose answers the pool gives
@@ -171,6 +177,7 @@ class Server:
             log.info("this kernel hands no request out again (Linux 6.9 does): %s", error)
         for thread in range(len(self._busy)):
             threading.Thread(target=self._take, args=(thread,), name=f"shoal-mount_{thread}", daemon=True).start()
+        self._presence.start()
 
     def stop(self, grace_s: float) -> bool:
         """Take no more requests, and wait for those under way; whether they were over in time.
@@ -188,6 +195,7 @@ class Server:
         return True
 
     def close(self) -> None:
+        self._presence.close()
         self._waiters.close()
         self.reads.close()
         if self._keeping is not None:
@@ -341,6 +349,7 @@ class Server:
             raise Refused(errno.ENOSYS)
         inode = header.node
         row = self._row(inode)
+        self._presence.opened(row)
         backing = self.opens.open(thread, header.unique, inode, lambda: self._choose(row))
         if backing == CACHED:
             return protocol.pack_open(inode, Open.KEEP_CACHE | Open.NOFLUSH)
@@ -369,6 +378,9 @@ class Server:
         send = lambda buffers: self._finish(unique, buffers)  # noqa: E731
         self._later(header, header.node, lambda: self.reads.read(row, offset, end, send, since))
         return None
+
+    def _open_rows(self) -> list[int]:
+        return [row for inode in self.opens.inodes() if (row := self._tree.row(inode)) is not None]
 
     def _row(self, inode: int) -> int:
         row = self._tree.row(inode)

@@ -87,6 +87,11 @@ class Tree:
         """Files below the root."""
         return self._root.stop - self._root.start
 
+    @property
+    def rows(self) -> range:
+        """Of the files below the root."""
+        return range(self._root.start, self._root.stop)
+
     def is_dir(self, inode: int) -> bool:
         return inode == ROOT_ID or inode >= self._first_directory
 

@@ -24,8 +24,9 @@ import pytest
 from shoal.cli.control import Control
 from shoal.devcluster import DevCluster
 from shoal.errors import NotFound
-from shoal_csi import bind, capability, mounts
+from shoal_csi import bind, capability, mounts, rundir
 from shoal_csi import csi_pb2 as pb
+from shoal_csi.rundir import Record
 from tests.support import csi
 from tests.support.csi import Driver, Mode, Place, again, code_of, driver, files_in
 from tests.support.waiting import wait_for
@@ -740,22 +741,29 @@ PLUGIN = ("unshare", "--mount", "--propagation", "unchanged", "--pid", "--fork",
 POD = ("unshare", "--mount", "--propagation", "slave", "sleep", "600")
 
 
+@contextlib.contextmanager
+def containers(place: Place, shoal: DevCluster) -> Iterator[tuple[contextlib.ExitStack, Callable[..., Driver]]]:
+    """What starts the plugin in a container of its own, with a run directory and a socket of the names given."""
+    subprocess.run(["mount", "--bind", str(place.path), str(place.path)], check=True)
+    subprocess.run(["mount", "--make-shared", str(place.path)], check=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(subprocess.run, ["umount", "-l", "-R", str(place.path)], check=False)
+
+        def container(run_dir: str, socket: str = "csi.sock") -> Driver:
+            environment = {**shoal.environment(), "SHOAL_RUN_DIR": str(place.path / run_dir)}
+            return stack.enter_context(driver(place, environment, "--probe-timeout", "5", wrapper=PLUGIN, name=socket))
+
+        yield stack, container
+
+
 @pytest.mark.parametrize("run_dirs", [("first", "second"), ("run", "run")], ids=["own", "of_the_host"])
 def test_containers_of_the_plugin_come_and_go(place: Place, shoal: DevCluster, run_dirs: tuple[str, str]) -> None:
     """A pod that outlives the plugin's container reads on when the next one is there.
 
     Where supervisors keep their notes may be a folder of the container or of the host.
     """
-    subprocess.run(["mount", "--bind", str(place.path), str(place.path)], check=True)
-    subprocess.run(["mount", "--make-shared", str(place.path)], check=True)
     target = place.target("a")
-    with contextlib.ExitStack() as stack:
-        stack.callback(subprocess.run, ["umount", "-l", "-R", str(place.path)], check=False)
-
-        def container(name: str) -> Driver:
-            environment = {**shoal.environment(), "SHOAL_RUN_DIR": str(place.path / name)}
-            return stack.enter_context(driver(place, environment, "--probe-timeout", "5", wrapper=PLUGIN))
-
+    with containers(place, shoal) as (stack, container):
         first = container(run_dirs[0])
         first.publish(target, {"dataset": "one", "subpath": "train"})
         pod = stack.enter_context(subprocess.Popen(POD))
@@ -772,6 +780,65 @@ def test_containers_of_the_plugin_come_and_go(place: Place, shoal: DevCluster, r
         second.unpublish(target)
         assert _nothing_is_left(place)
         assert not seen.parent.exists()
+
+
+def test_a_mount_outlives_the_plugins_container_where_there_is_a_descriptor_store(
+    place: Place, shoal: DevCluster
+) -> None:
+    """A container of its own holds what the other loses: no volume is bound again, and who asks meanwhile waits."""
+    target = place.target("a")
+    with containers(place, shoal) as (stack, container), ThreadPoolExecutor(1) as pool:
+        environment = Driver.environment(place)
+        store = subprocess.Popen(
+            [sys.executable, "-m", "shoal_csi.fdstore"], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        stack.enter_context(store)
+        stack.callback(store.kill)
+        assert store.stderr is not None and "serves at" in store.stderr.readline()
+        first = container("run")
+        first.publish(target, {"dataset": "one", "subpath": "train"})
+        (mount,) = place.mounted()
+        with Path(target, "1.bin").open("rb") as file:
+            first.kill()
+            waiting = pool.submit(os.statvfs, target)
+            second = container("run")
+            assert waiting.result(60).f_files > 0
+            assert file.read() == FILES["train/1.bin"]
+        assert place.mounted() == [mount]
+        assert "bound again" not in place.log.read_text()
+        second.unpublish(target)
+        wait_for(lambda: _nothing_is_left(place))
+
+
+def test_a_newer_container_takes_the_mounts_over_while_the_older_one_lives(place: Place, shoal: DevCluster) -> None:
+    """As where a DaemonSet has maxSurge: each has a socket of its own, and only the run directory is both's."""
+    target = place.target("a")
+    with containers(place, shoal) as (_, container):
+        old = container("run", "old.sock")
+        old.publish(target, {"dataset": "one", "subpath": "train"})
+        (mount,) = place.mounted()
+        (record,) = _records(place)
+        with Path(target, "1.bin").open("rb") as file:
+            new = container("run", "new.sock")
+            wait_for(lambda: "is taken over from another container" in place.log.read_text())
+            wait_for(lambda: _is_served_elsewhere(place, record))
+            old.kill()
+            assert os.statvfs(target).f_files > 0
+            assert file.read() == FILES["train/1.bin"]
+        assert place.mounted() == [mount]
+        assert "bound again" not in place.log.read_text()
+        new.unpublish(target)
+        wait_for(lambda: _nothing_is_left(place))
+
+
+def _records(place: Place) -> list[Record]:
+    paths = (path for path in (place.path / "run").iterdir() if path.is_dir())
+    return [record for path in paths if (record := rundir.read(path)) is not None]
+
+
+def _is_served_elsewhere(place: Place, before: Record) -> bool:
+    (record,) = _records(place)
+    return record.mount_namespace != before.mount_namespace and record.state == "serving"
 
 
 def _is_dead(target: str) -> bool:

@@ -423,6 +423,17 @@ def test_connection_cut_by_somebody(place: Place) -> None:
     assert not place.is_mounted() and place.processes() == []
 
 
+def test_connection_cut_while_the_daemon_is_stopped(place: Place) -> None:
+    """It does not notice, so the supervisor's next request through the mount tells."""
+    supervisor = place.mount("--watch", "0.3")
+    with opened(place, 1):
+        place.kill_daemon(number=signal.SIGSTOP)
+        with pytest.raises(OSError, match=os.strerror(errno.EBUSY)):
+            kernel.unmount(place.mountpoint, lazy=False, force=True)
+        assert supervisor.wait(20) == 1
+    assert not place.is_mounted() and place.processes() == []
+
+
 def test_unmount_says_who_is_in_the_way_and_lazily_lets_them_be(place: Place) -> None:
     supervisor = place.mount()
     with opened(place, 1) as fd:

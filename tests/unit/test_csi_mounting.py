@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from shoal_csi import __main__ as program
-from shoal_csi.answering import Prober
 from shoal_csi.driver import Config
 from shoal_csi.mounting import CommandMounts
+from shoal_csi.probing import Prober
 
 SNAPSHOT = "f" * 32
 
