@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from pathlib import Path
 
 from shoal.cluster_map import NodeState
@@ -72,7 +73,7 @@ class SnapshotRecovery:
                 with self._shell.record.staging() as directory:
                     path = directory / f"{digest}.arrow"
                     await asyncio.to_thread(self._receive, member.node.address, digest, path)
-                    await self._shell.with_record(lambda path=path: self._shell.record.files.keep(path, digest))
+                    await self._shell.with_record(partial(self._shell.record.files.keep, path, digest))
             except ShoalError as error:
                 log.info("node %s did not send snapshot %s: %s", member.node.id, digest, error)
             else:

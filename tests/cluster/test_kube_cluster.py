@@ -15,7 +15,6 @@ import trustme
 
 from shoal.cli.control import Control
 from shoal.devcluster import DevCluster, ports
-from shoal.devcluster.server import ServerProcess
 from shoal_controller.kube import gate, webhook
 from shoal_controller.kube.api import (
     DATASETS,
@@ -39,9 +38,10 @@ from tests.support.apiserver import (
     ApiServer,
     Refused,
 )
+from tests.support.kube_clusters import NAME as ACCOUNT
+from tests.support.kube_clusters import KubeCluster
 from tests.support.waiting import wait_for
 
-ACCOUNT = "shoal-controller"
 #: What shoal_controller/kube/__init__.py lists.
 CLUSTER_RULES = [
     {"apiGroups": ["shoal.io"], "resources": ["datasets"], "verbs": ["get", "list", "watch", "patch"]},
@@ -141,36 +141,9 @@ def origin(tmp_path: Path) -> Path:
     return directory
 
 
-class KubeCluster(DevCluster):
-    """A cluster whose controller works at an API server, and one more controller that stands by."""
-
-    def __init__(self, account: ApiServer, namespace: str, *args: str, nodes: int = 2) -> None:
-        kube = ["--kubernetes", "--namespace", namespace, "--lease-name", ACCOUNT, "--pod-ip", "127.0.0.1", *args]
-        self._kube_args = kube
-        super().__init__(
-            nodes=nodes,
-            capacity="64MiB",
-            controller_args=[*kube, "--identity", "a"],
-            env={"KUBECONFIG": str(account.kubeconfig)},
-        )
-
-    def standby(self) -> ServerProcess:
-        """Start the second controller: at the same gRPC address, which it takes only when it leads."""
-        (http,) = ports.free_ports(1, frozenset(self._ports))
-        listen = ["--grpc-listen", self.controller_grpc, "--http-listen", f"127.0.0.1:{http}", "--identity", "b"]
-        process = self._server(
-            "controller-b",
-            "shoal_controller",
-            ["--data-dir", str(self.data_dir / "controller-b"), *listen, *self._kube_args],
-        )
-        process.spawn()
-        wait_for(lambda: "stands by" in process.log_path.read_text())
-        return process
-
-
 @contextmanager
 def shoal(account: ApiServer, namespace: str, *args: str, nodes: int = 2) -> Iterator[KubeCluster]:
-    with KubeCluster(account, namespace, *args, nodes=nodes) as cluster:
+    with KubeCluster(account.kubeconfig, namespace, *args, nodes=nodes) as cluster:
         yield cluster
 
 

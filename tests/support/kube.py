@@ -108,7 +108,8 @@ class FakeApi:
         known = self._found(resource, item["metadata"]["name"], namespace)
         self.calls.append(("replace", resource.plural, item["metadata"]["name"]))
         self._check_version(known, item)
-        return copy.deepcopy(self.put(resource, item))
+        kept = {key: known["metadata"][key] for key in ("namespace", "uid") if key in known["metadata"]}
+        return copy.deepcopy(self.put(resource, {**item, "metadata": {**item["metadata"], **kept}}))
 
     async def patch(
         self, resource: Resource, name: str, change: Mapping[str, Any], *, namespace: str = "", subresource: str = ""

@@ -25,9 +25,9 @@ def with_server(handler: Handler, test: Callable[[HttpApi], Awaitable[None]]) ->
     async def whole() -> None:
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", handler)
-        runner = web.AppRunner(app)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1).start()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
         configuration = kubernetes.client.Configuration()
         configuration.host = f"http://127.0.0.1:{runner.addresses[0][1]}"
         configuration.api_key["authorization"] = "Bearer secret"

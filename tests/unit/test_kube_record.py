@@ -92,9 +92,10 @@ def test_what_changes_nothing_is_not_written(tmp_path: Path) -> None:
 def test_a_deposed_controller_is_refused(tmp_path: Path) -> None:
     def test(api: FakeApi, open_record: Callable[[Path], KubeRecord]) -> None:
         old, new = open_record(tmp_path / "old"), open_record(tmp_path / "new")
-        new.write([SaveDataset(dataset())])
+        # Also where the new one has written nothing yet: else it would go on from what the old one then changes.
         with pytest.raises(StoreUnusable, match="no longer leads"):
             old.write([SaveDataset(dataset("other"))])
+        new.write([SaveDataset(dataset())])
         assert [known.name for known in new.load().datasets] == ["imagenet"]
         # What was refused is not believed either.
         assert old.load().datasets == ()

@@ -190,6 +190,8 @@ class HttpApi:
                     *lines, pending = (pending + received).split(b"\n")
                     for line in filter(None, lines):
                         yield _watched(json.loads(line), resource)
+        except ApiError:
+            raise
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise _unreachable(self._configuration.host, error) from error
 

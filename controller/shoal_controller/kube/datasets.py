@@ -362,13 +362,14 @@ def _figures(declared: Declared, dataset: Dataset, state: State, work: Work) -> 
 
 def _spread(dataset: Dataset, state: State) -> list[dict[str, Any]]:
     held = [
-        {"id": node_id, "host": member.node.topology.get("host", ""), "bytes": size_bytes}
+        (size_bytes, node_id, member.node.topology.get("host", ""))
         for node_id, member in state.members.items()
         if member.report is not None
         and member.node.state is not NodeState.DOWN
         and (size_bytes := member.report.held_bytes.get(dataset.newest.digest, 0))
     ]
-    return sorted(held, key=lambda node: (-node["bytes"], node["id"]))[:MAX_NODES]
+    most = sorted(held, key=lambda node: (-node[0], node[1]))[:MAX_NODES]
+    return [{"id": node_id, "host": host, "bytes": size_bytes} for size_bytes, node_id, host in most]
 
 
 def _phase(declared: Declared, found: Dataset | None, work: Work, ready: Condition) -> str:

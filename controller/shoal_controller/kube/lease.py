@@ -110,6 +110,7 @@ class Election:
         Raises:
             LeaseLost: it could not be renewed in time, or another replica has it.
         """
+        reason = "no answer"
         while True:
             await asyncio.sleep(self._timing.retry_s)
             left_s = self._renewed_s + self._timing.renew_s - self._clock()
@@ -117,14 +118,15 @@ class Election:
                 async with asyncio.timeout(max(0.0, left_s)):
                     await self._renew()
             except (ApiError, TimeoutError) as error:
+                reason = str(error) or reason
                 if isinstance(error, ApiError) and error.is_conflict and not await self._is_mine():
                     raise LeaseLost(f"{self._holder()} leads now: {self.identity} ends") from error
                 if self._clock() - self._renewed_s >= self._timing.renew_s:
                     raise LeaseLost(
-                        f"the lease {self._name} could not be renewed for {self._timing.renew_s:g} s ({error}): "
+                        f"the lease {self._name} could not be renewed for {self._timing.renew_s:g} s ({reason}): "
                         f"{self.identity} ends, so that another can lead"
                     ) from error
-                log.warning("the lease %s is not renewed yet: %s", self._name, error)
+                log.warning("the lease %s is not renewed yet: %s", self._name, reason)
 
     async def release(self) -> None:
         """Let another replica lead at once, if this one does. Where that fails the lease runs out by itself."""

@@ -426,7 +426,7 @@ class Operator:
             informer.put(changed)
         return True
 
-    async def _event(self, raw: Object, kind: str, transition: Transition) -> None:
+    async def _event(self, raw: Mapping[str, Any], kind: str, transition: Transition) -> None:
         about = {"kind": kind, "apiVersion": raw.get("apiVersion") or _API_VERSIONS[kind], "metadata": raw["metadata"]}
         await events.post(self._api, about, transition)
 
@@ -441,7 +441,7 @@ class Operator:
         uids = set(self._uids())
         for kept in (self._prefetch_failures, self._told_s, self._waiting_told_s):
             for uid in [uid for uid in kept if uid not in uids]:
-                del kept[uid]  # type: ignore[attr-defined]
+                del kept[uid]
 
     def _uids(self) -> Iterator[str]:
         for informer in self.informers:

@@ -25,4 +25,4 @@ def parse(text: str) -> int:
     if not match:
         raise InvalidRequest(f"{text!r} is no quantity of bytes: write a number with a unit, such as 256Mi, 20Gi or 1T")
     whole, fraction, unit = match[1], (match[2] or ".").removeprefix("."), _UNITS[match[3] or ""]
-    return int(whole + fraction) * unit // 10 ** len(fraction)
+    return int(int(whole + fraction) * unit // 10 ** len(fraction))

@@ -2,10 +2,11 @@
 
     data["record.json.gz"]     what SQLite holds elsewhere: cluster id, epoch, nodes, datasets, jobs
     data["operator.json"]      what the operator must not forget: which nodes it drained
+    data["claim"]              another one for each that opened the record
 
 One object, because one event is one transaction and the API server knows no other; and because replacing it under the
 version that was read is the fence against two leaders: the first write of a deposed one is a conflict, and ends it.
-Compressed, since an object holds 1 MiB: a dataset is some 100 bytes then, a node less.
+Compressed, since an object holds 1 MiB (docs/operator.md has what a dataset takes of it).
 
 The rule: `_present` is what the server has. It changes only by an answer of the server.
 """
@@ -44,6 +45,7 @@ T = TypeVar("T")
 FORMAT = 1
 RECORD_KEY = "record.json.gz"
 OPERATOR_KEY = "operator.json"
+CLAIM_KEY = "claim"
 #: The server's own deadline for a request is longer; one that has not answered by then cannot be told what it did.
 TIMEOUT_S = 15.0
 
@@ -149,7 +151,7 @@ class KubeRecord(Record):
         if raw is None:
             empty = {"map": {"epoch": 0, "nodes": []}, "draining": [], "datasets": {}, "jobs": {}}
             wanted: dict[str, Any] = {"format": FORMAT, "cluster_id": secrets.token_hex(16), **empty}
-            self._replace({RECORD_KEY: _packed(wanted)})
+            self._claim({RECORD_KEY: _packed(wanted)})
             self._present = wanted
             return
         try:
@@ -161,6 +163,11 @@ class KubeRecord(Record):
                 f"the record in Secret {self._namespace}/{self._name} was written by another version of Shoal (format "
                 f"{self._present.get('format')}, this one reads {FORMAT}): run that version"
             )
+        self._claim({})
+
+    def _claim(self, data: dict[str, bytes]) -> None:
+        """Make it another version, so that whoever had it open before can write no more."""
+        self._replace({**data, CLAIM_KEY: secrets.token_hex(8).encode()})
 
     def _replace(self, data: dict[str, bytes]) -> None:
         """Put these keys into the Secret, under the version that was read."""
