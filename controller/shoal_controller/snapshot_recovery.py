@@ -74,7 +74,7 @@ class SnapshotRecovery:
                     path = directory / f"{digest}.arrow"
                     await asyncio.to_thread(self._receive, member.node.address, digest, path)
                     await self._shell.with_record(partial(self._shell.record.files.keep, path, digest))
-            except ShoalError as error:
+            except (ShoalError, OSError) as error:
                 log.info("node %s did not send snapshot %s: %s", member.node.id, digest, error)
             else:
                 log.info("snapshot %s came from node %s", digest, member.node.id)

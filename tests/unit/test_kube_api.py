@@ -14,6 +14,7 @@ from aiohttp import web
 
 from shoal.errors import ShoalError
 from shoal_controller.kube import api
+from shoal_controller.kube import informer as informer_module
 from shoal_controller.kube.api import DATASETS, LEASES, NODES, PODS, PREFETCHES, ApiError, HttpApi, Watched
 from shoal_controller.kube.informer import Informer
 from tests.support.kube import FakeApi
@@ -187,7 +188,9 @@ def test_without_any_configuration_the_remedy_is_said(monkeypatch: pytest.Monkey
         asyncio.run(HttpApi.connect())
 
 
-def test_an_informer_follows() -> None:
+def test_an_informer_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(informer_module, "FIRST_RETRY_S", 0.01)
+
     async def test() -> None:
         server = FakeApi()
         changed = asyncio.Event()
@@ -209,6 +212,15 @@ def test_an_informer_follows() -> None:
             await until({"a", "b"})
             server.remove(PODS, "a", "x")
             await until({"b"})
+            # What is not kept is no change.
+            changed.clear()
+            item = server.read(PODS, "b", "x")
+            item["metadata"]["managedFields"] = [{"manager": "kubectl"}]
+            server.put(PODS, item)
+            version = server.read(PODS, "b", "x")["metadata"]["resourceVersion"]
+            while informer.objects["x", "b"]["metadata"]["resourceVersion"] != version:
+                await asyncio.sleep(0)
+            assert not changed.is_set()
             # A watch whose version is too old begins with a new list.
             server.forget_history(PODS)
             server.put(PODS, {"metadata": {"name": "c", "namespace": "x", "labels": {"l": ""}}})

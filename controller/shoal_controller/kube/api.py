@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -254,7 +255,8 @@ def _configuration() -> Any:
 
     configuration = kubernetes.client.Configuration()
     try:
-        if Path(kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME).exists():
+        in_cluster = Path(kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME).exists()
+        if in_cluster and not os.environ.get("KUBECONFIG"):
             kubernetes.config.load_incluster_config(client_configuration=configuration)
         else:
             kubernetes.config.load_kube_config(client_configuration=configuration)

@@ -65,6 +65,15 @@ class GatedPod:
     raw: Mapping[str, Any]
 
 
+def trimmed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a pod is read here; the rest is large."""
+    metadata, spec = raw["metadata"], raw.get("spec") or {}
+    return {
+        "metadata": {key: value for key, value in metadata.items() if key != "managedFields"},
+        "spec": {key: spec[key] for key in ("schedulingGates", "affinity") if key in spec},
+    }
+
+
 def parse(text: str) -> tuple[Want, ...]:
     """Take ``imagenet[>=95%], laion`` apart; without a percentage it is `DEFAULT_PERCENT`.
 

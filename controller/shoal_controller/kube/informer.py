@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from shoal_controller.kube.api import Api, ApiError, Object, Resource
+from shoal_controller.kube.api import Api, ApiError, Object, Resource, Watched
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +36,15 @@ class Informer:
         *,
         selector: str = "",
         namespace: str = "",
+        trim: Callable[[Object], Object] | None = None,
     ) -> None:
         """Hold nothing yet.
 
         Args:
-            on_change: called after every change of `objects`.
+            on_change: called after every change of what is kept.
             selector: label that objects have; "": all objects.
             namespace: of the objects; "": all namespaces.
+            trim: what of an object is kept: all but the managed fields, where None.
         """
         self.objects: dict[Key, Object] = {}
         self.synced = asyncio.Event()
@@ -51,13 +53,14 @@ class Informer:
         self._api = api
         self._on_change = on_change
         self._selector = selector
+        self._trim = trim or without_managed_fields
 
     def put(self, item: Object) -> None:
         """Take an object that the server answered with, before the watch brings it."""
         known = self.objects.get(key_of(item))
         # Compared as numbers, as the API server's own clients may since 1.35; an older one would undo what is newer.
         if known is None or _number(known) <= _number(item):
-            self.objects[key_of(item)] = item
+            self.objects[key_of(item)] = self._trim(item)
 
     async def keep(self) -> None:
         """Go on for ever."""
@@ -66,24 +69,28 @@ class Informer:
             try:
                 if not version:
                     version = await self._list()
-                retry_s = FIRST_RETRY_S
                 watch = self._api.watch(self.resource, version, selector=self._selector, namespace=self.namespace)
                 async for watched in watch:
                     version = watched.item["metadata"]["resourceVersion"]
-                    if watched.kind == "BOOKMARK":
-                        continue
-                    if watched.kind == "DELETED":
-                        self.objects.pop(key_of(watched.item), None)
-                    else:
-                        self.objects[key_of(watched.item)] = watched.item
-                    self._on_change()
+                    retry_s = FIRST_RETRY_S
+                    if watched.kind != "BOOKMARK" and self._take(watched):
+                        self._on_change()
             except ApiError as error:
                 if error.has_expired:
                     version = ""
-                    continue
-                log.warning("%s are not watched for now: %s", self.resource.plural, error)
-                await asyncio.sleep(retry_s)
-                retry_s = min(2 * retry_s, LAST_RETRY_S)
+                else:
+                    log.warning("%s are not watched for now: %s", self.resource.plural, error)
+            # Also after a watch that the server ended: one that ends each at once must not be asked without a pause.
+            await asyncio.sleep(retry_s)
+            retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+    def _take(self, watched: Watched) -> bool:
+        """Whether anything changed that is kept."""
+        key = key_of(watched.item)
+        if watched.kind == "DELETED":
+            return self.objects.pop(key, None) is not None
+        before, self.objects[key] = self.objects.get(key), self._trim(watched.item)
+        return before is None or _without_version(before) != _without_version(self.objects[key])
 
     async def _list(self) -> str:
         listed = await self._api.list(self.resource, selector=self._selector, namespace=self.namespace)
@@ -91,10 +98,19 @@ class Informer:
             # Objects in a list do not say what they are.
             item.setdefault("kind", self.resource.kind)
             item.setdefault("apiVersion", self.resource.api_version)
-        self.objects = {key_of(item): item for item in listed.items}
+        self.objects = {key_of(item): self._trim(item) for item in listed.items}
         self.synced.set()
         self._on_change()
         return listed.version
+
+
+def without_managed_fields(item: Object) -> Object:
+    """An object without the notes of who wrote which field: often the larger half."""
+    return {**item, "metadata": {key: value for key, value in item["metadata"].items() if key != "managedFields"}}
+
+
+def _without_version(item: Object) -> Object:
+    return {**item, "metadata": {**item["metadata"], "resourceVersion": ""}}
 
 
 def key_of(item: Object) -> Key:

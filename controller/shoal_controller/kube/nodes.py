@@ -51,6 +51,15 @@ class KubeNode:
         )
 
 
+def trimmed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a Node is read here. The rest is large (the images it has) and changes all the time."""
+    metadata, spec = raw["metadata"], raw.get("spec") or {}
+    return {
+        "metadata": {key: metadata[key] for key in ("name", "uid", "labels", "resourceVersion") if key in metadata},
+        "spec": {key: spec[key] for key in ("unschedulable", "taints") if key in spec},
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Drains:
     """What is to be done.

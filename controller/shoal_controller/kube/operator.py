@@ -91,10 +91,10 @@ class Operator:
         self.datasets = Informer(api, DATASETS, self._poked.set)
         self.prefetches = Informer(api, PREFETCHES, self._poked.set)
         self.pods = tuple(
-            Informer(api, PODS, self._poked.set, selector=gate.KEY, namespace=namespace)
+            Informer(api, PODS, self._poked.set, selector=gate.KEY, namespace=namespace, trim=gate.trimmed)
             for namespace in settings.gate_namespaces
         )
-        self.nodes = Informer(api, NODES, self._poked.set)
+        self.nodes = Informer(api, NODES, self._poked.set, trim=nodes.trimmed)
         self._works: dict[str, Work] = {}
         self._listings: dict[str, asyncio.Task[Dataset]] = {}
         self._secrets: dict[str, tuple[float, Mapping[str, str] | None, str]] = {}
@@ -374,7 +374,7 @@ class Operator:
             raise
         for informer in self.pods:
             if informer.namespace in ("", pod.namespace):
-                informer.put({"kind": PODS.kind, "apiVersion": PODS.api_version, **changed})
+                informer.put(changed)
         sentence = (
             f"goes with cold data after its longest wait: {'; '.join(waits_for)}" if waits_for else "data is warm"
         )
