@@ -54,6 +54,7 @@ def _follow(kube: KubeHttp, origin: Path, *, killed: bool) -> None:
         declare(kube, origin, prefetch="Eager")
         wait_for(lambda: kube.status(DATASETS, "d").get("cachedPercent") == 100)
         standby = cluster.standby()
+        _check_stands_by(f"127.0.0.1:{cluster.standby_http}")
         before, snapshot = epoch_and_jobs(cluster), kube.status(DATASETS, "d")
         (origin / "new").write_bytes(b"a second listing would find this")
         if killed:
@@ -85,6 +86,14 @@ def _follow(kube: KubeHttp, origin: Path, *, killed: bool) -> None:
         standby.stop()
 
 
+def _check_stands_by(address: str) -> None:
+    """It is ready for all that a standby can, and sends people on."""
+    assert Transport().get(address, "/readyz").body == b"standby\n"
+    assert Transport().get(address, "/healthz").body == b"standby\n"
+    with pytest.raises(ShoalError, match="stands by: ask the one that leads"):
+        Transport().get(address, "/v1/cluster")
+
+
 def _slice(kube: KubeHttp) -> dict[str, list[dict[str, object]]]:
     return kube.call(lambda fake: fake.read(ENDPOINT_SLICES, "shoal-controller", "shoal"))
 
@@ -114,15 +123,3 @@ def test_a_leader_that_was_stopped_and_goes_on_ends_and_changes_nothing(kube: Ku
         assert "leads now" in words or "could not be renewed" in words or "no longer leads" in words
         assert holder(kube) == "b"
         standby.stop()
-
-
-def test_a_standby_is_ready_and_sends_people_on(kube: KubeHttp) -> None:
-    with KubeCluster(kube.kubeconfig, "shoal", nodes=0) as cluster:
-        standby = cluster.standby()
-        address = f"127.0.0.1:{cluster.standby_http}"
-        assert Transport().get(address, "/readyz").body == b"standby\n"
-        assert Transport().get(address, "/healthz").body == b"standby\n"
-        with pytest.raises(ShoalError, match="stands by: ask the one that leads"):
-            Transport().get(address, "/v1/cluster")
-        standby.stop()
-        assert holder(kube) == "a"

@@ -31,6 +31,9 @@ def test_a_node_as_the_api_describes_it() -> None:
         "spec": {"unschedulable": True, "taints": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]},
     }
     assert KubeNode.parse(raw) == KubeNode("n1", "ip-10-0-0-1", True, ("nvidia.com/gpu",))
+    large = {**raw, "status": {"images": ["x"] * 50}}
+    assert KubeNode.parse(nodes.trimmed(large)) == KubeNode.parse(raw)
+    assert "status" not in nodes.trimmed(large)
     assert KubeNode.parse({"metadata": {"name": "n1"}}) == KubeNode("n1", "n1", False, ())
 
 
