@@ -44,11 +44,13 @@ class Policy:
         lease_s: a node that was silent for so long is down.
         forget_after_s: a node that was down for so long leaves the map.
         planning_s: a prefetch job that some node has not answered for so long fails.
+        first_lease_s: what nodes get at least to be heard after a start: one on another machine has to be found first.
     """
 
     lease_s: float
     forget_after_s: float
     planning_s: float
+    first_lease_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

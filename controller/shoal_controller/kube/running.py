@@ -36,6 +36,9 @@ from shoal_controller.snapshot_recovery import SnapshotRecovery
 log = logging.getLogger(__name__)
 
 RETRY_S = 2.0
+#: Nodes find a new leader once every machine's proxy knows of the EndpointSlice. What is lost meanwhile is only that a node
+#: that died together with the leader is down later.
+FIRST_LEASE_S = 20.0
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -106,7 +109,8 @@ async def _lead(api: Api, config: Config, kube: KubeConfig, election: Election, 
             namespace=kube.namespace,
             name=f"{kube.lease}-record",
         )
-        server = await Server.start(replace(config, open_record=open_record), list_origin)
+        policy = replace(config.policy, first_lease_s=FIRST_LEASE_S)
+        server = await Server.start(replace(config, open_record=open_record, policy=policy), list_origin)
         stack.push_async_callback(server.close)
         transport = Transport()
         stack.callback(transport.close)
