@@ -240,7 +240,7 @@ def test_what_cannot_change_is_refused_and_the_rest_is_not(server: ApiServer, na
         with pytest.raises(Refused, match=words):
             server.patch(DATASETS, "fixed", {"spec": change})
     changed = server.patch(
-        DATASETS, "fixed", {"spec": {"replicas": 3, "pin": True, "options": {"anon": "true"}, "quota": "1.5Ti"}}
+        DATASETS, "fixed", {"spec": {"replicas": 3, "pin": True, "options": {"anon": "true"}, "quota": "3Ti"}}
     )
     assert changed["metadata"]["generation"] == 2
     server.create(PREFETCHES, {"metadata": {"name": "fixed"}, "spec": {"dataset": "d", "paths": ["a"]}}, namespace)

@@ -171,7 +171,8 @@ class Operator:
     async def _drain(self, kube_nodes: Mapping[str, KubeNode]) -> None:
         members = self._shell.state.members
         decided = nodes.decide(kube_nodes, self._seen_nodes, members, self._drained, self._settings.taints)
-        self._seen_nodes |= set(kube_nodes)
+        hosts = {member.node.topology.get("host", "") for member in members.values()}
+        self._seen_nodes = set(kube_nodes) | (self._seen_nodes & hosts)  # no longer than somebody may ask
         # Recorded before it is done: a drain of ours that nobody remembers would never end.
         await self._remember(self._drained | decided.ours)
         refusals = []

@@ -36,8 +36,8 @@ from shoal_controller.snapshot_recovery import SnapshotRecovery
 log = logging.getLogger(__name__)
 
 RETRY_S = 2.0
-#: Nodes find a new leader once every machine's proxy knows of the EndpointSlice. What is lost meanwhile is only that a node
-#: that died together with the leader is down later.
+#: Nodes find a new leader once the proxies of their machines know of the EndpointSlice. The price: a node that died
+#: together with the leader is down that much later.
 FIRST_LEASE_S = 20.0
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
