@@ -16,7 +16,7 @@ class KubeCluster(DevCluster):
 
     def __init__(self, kubeconfig: Path, namespace: str, *args: str, nodes: int = 2) -> None:
         self._kube_args = ["--kubernetes", "--namespace", namespace, "--lease-name", NAME, *args]
-        self._kube_args += ["--pod-ip", "127.0.0.1"]
+        self._kube_args += ["--pod-ip", "192.0.2.1"]  # nobody goes there, but an API server takes no loopback address
         self.standby_http = 0
         super().__init__(
             nodes=nodes,
