@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -85,9 +86,9 @@ def server() -> Iterator[ApiServer]:
 
 
 @pytest.fixture
-def namespace(server: ApiServer, request: pytest.FixtureRequest) -> Iterator[str]:
+def namespace(server: ApiServer) -> Iterator[str]:
     """A namespace of the test's own, where the controller's account has its rights; all that it left is removed."""
-    name = f"test-{abs(hash(request.node.nodeid)) % 10**8}"
+    name = f"test-{secrets.token_hex(4)}"
     server.create(NAMESPACES, {"metadata": {"name": name}})
     subject = [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": name}]
     group = "rbac.authorization.k8s.io"

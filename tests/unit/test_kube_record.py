@@ -159,6 +159,7 @@ def test_what_the_operator_drained_is_kept_beside_it(tmp_path: Path) -> None:
         (gzip.compress(b'{"format": 1}'), "is damaged"),
         (gzip.compress(b'{"format": 9}'), "another version of Shoal"),
     ],
+    ids=["no gzip", "no json", "too little", "other format"],
 )
 def test_what_cannot_be_read_is_said(tmp_path: Path, content: bytes, words: str) -> None:
     def test(api: FakeApi, open_record: Callable[[Path], KubeRecord]) -> None:
