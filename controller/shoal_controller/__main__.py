@@ -6,8 +6,10 @@ import asyncio
 import json
 import logging
 import signal
+import socket
 import sys
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,33 @@ Every flag is also an environment variable: SHOAL_CONTROLLER_DATA_DIR, SHOAL_CON
     metavar="SECONDS",
     help="What nodes get to say whether a prefetch fits.",
 )
+@click.option(
+    "--kubernetes",
+    is_flag=True,
+    help="Declare datasets as objects at the Kubernetes API server, which keeps the record; stand by until elected.",
+)
+@click.option("--namespace", default="", help="Kubernetes: its own namespace.  [default: the service account's]")
+@click.option("--identity", default="", help="Kubernetes: this replica in the lease.  [default: the host name]")
+@click.option("--pod-ip", default="", metavar="IP", help="Kubernetes: where its Service leads.  [default: nowhere]")
+@click.option("--lease-name", default="shoal-controller", help="Kubernetes: of the Lease, the Service and the record.")
+@click.option(
+    "--gate-listen", default="0.0.0.0:7443", metavar="HOST:PORT", help="Kubernetes: for the webhook of gated pods."
+)
+@click.option(
+    "--gate-cert-dir", type=Path, help="Kubernetes: directory with its tls.crt and tls.key.  [default: no webhook]"
+)
+@click.option(
+    "--gate-namespace",
+    multiple=True,
+    metavar="NAMESPACE",
+    help="Kubernetes: only here are pods gated. May be given several times.  [default: everywhere]",
+)
+@click.option(
+    "--drain-taint",
+    multiple=True,
+    metavar="KEY",
+    help="Kubernetes: a node with such a taint is drained; '*' matches anything. May be given several times.",
+)
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 @click.version_option(package_name="shoal")
 def main(
@@ -84,6 +113,15 @@ def main(
     lease: float,
     forget_after: float,
     planning_timeout: float,
+    kubernetes: bool,
+    namespace: str,
+    identity: str,
+    pod_ip: str,
+    lease_name: str,
+    gate_listen: str,
+    gate_cert_dir: Path | None,
+    gate_namespace: tuple[str, ...],
+    drain_taint: tuple[str, ...],
     log_level: str,
 ) -> None:
     """Own the cluster's datasets, map and prefetch jobs. Reads go on while it is away."""
@@ -100,7 +138,23 @@ def main(
             policy=Policy(lease_s=lease, forget_after_s=forget_after, planning_s=planning_timeout),
             adhoc=AdhocPolicy.parse(allow_adhoc, adhoc_storage_options),
         )
-        _run(_serve(config))
+        if not kubernetes:
+            _run(_until_stopped(partial(_serve, config)))
+            return
+        # Not before it is wanted: the extra `kubernetes` brings its packages.
+        from shoal_controller.kube import running
+
+        kube = running.KubeConfig(
+            namespace=namespace or running.own_namespace(),
+            identity=identity or socket.gethostname(),
+            pod_ip=pod_ip,
+            lease=lease_name,
+            gate=Address.parse(gate_listen),
+            certificates=gate_cert_dir,
+            gate_namespaces=gate_namespace,
+            taints=drain_taint,
+        )
+        _run(_until_stopped(lambda stop: running.serve(config, kube, stop)))
     except ShoalError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(1) from None
@@ -115,10 +169,14 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
         uvloop.run(work)
 
 
-async def _serve(config: Config) -> None:
+async def _until_stopped(serve: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await serve(stop)
+
+
+async def _serve(config: Config, stop: asyncio.Event) -> None:
     server = await Server.start(config, list_origin)
     try:
         log.info("serving %s", config.data_dir)

@@ -184,6 +184,10 @@ class Catalog:
         """Forget a dataset. Raises DatasetNotFound."""
         await self._shell.apply(DatasetRemoved(name))
 
+    def is_listing(self, name: str) -> bool:
+        """Whether the origin of a dataset of that name is being listed."""
+        return name in self._running
+
     def records(self) -> list[DatasetRecord]:
         """All datasets, by name."""
         known = self._shell.state.datasets

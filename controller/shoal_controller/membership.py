@@ -38,10 +38,11 @@ class Heard:
 
 def restore(nodes: Iterable[Node], draining: Container[str], now: Moment, policy: Policy) -> dict[str, Member]:
     """The members as the record has them. Whoever was up gets one lease to be heard: a restart moves nothing."""
+    first_s = max(policy.lease_s, policy.first_lease_s)
     return {
         node.id: Member(
             node,
-            lease_ends_s=now.monotonic_s + policy.lease_s,
+            lease_ends_s=now.monotonic_s + first_s,
             heard_s=now.monotonic_s,
             down_since_s=now.monotonic_s if node.state is NodeState.DOWN else None,
             is_draining=node.id in draining,

@@ -64,6 +64,7 @@ def report_from_wire(message: pb.NodeReport) -> Report:
         condition=message.condition or OK,
         version=message.version,
         cached_bytes={cached.snapshot: cached.bytes_primary for cached in message.cached},
+        held_bytes={cached.snapshot: cached.bytes_held for cached in message.cached},
         shares={
             share.job_id: Share(
                 epoch=share.epoch,
@@ -83,7 +84,8 @@ def report_from_wire(message: pb.NodeReport) -> Report:
 
 def _sizes(message: pb.NodeReport) -> Iterator[int]:
     yield from (message.used_bytes, message.capacity_bytes, message.handover_bytes, message.short_bytes)
-    yield from (cached.bytes_primary for cached in message.cached)
+    for cached in message.cached:
+        yield from (cached.bytes_primary, cached.bytes_held)
     for share in message.prefetches:
         yield from (share.bytes_total, share.bytes_done, share.bytes_short)
 

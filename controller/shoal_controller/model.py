@@ -44,11 +44,13 @@ class Policy:
         lease_s: a node that was silent for so long is down.
         forget_after_s: a node that was down for so long leaves the map.
         planning_s: a prefetch job that some node has not answered for so long fails.
+        first_lease_s: what nodes get at least to be heard after a start: one on another machine has to be found first.
     """
 
     lease_s: float
     forget_after_s: float
     planning_s: float
+    first_lease_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Report:
         epoch: of the map that the node uses.
         condition: "ok", or why the node passes reads through.
         cached_bytes: by snapshot digest, the bytes it holds of shards that it is the first owner of.
+        held_bytes: by snapshot digest, the bytes it holds of all shards.
         shares: by job id.
         is_leaving: the node stops in good order.
         handover_bytes: what it holds and its new owners do not yet; None while that is not known, and unless it drains.
@@ -88,6 +91,7 @@ class Report:
     is_leaving: bool = False
     handover_bytes: int | None = None
     short_bytes: int = 0
+    held_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +191,7 @@ class PolicyChange:
     is_pinned: bool | None = None
     quota_bytes: int | None = None
     is_direct: bool | None = None
+    storage_options: str | None = None
 
     def applied_to(self, dataset: Dataset) -> Dataset:
         return replace(
@@ -195,6 +200,7 @@ class PolicyChange:
             is_pinned=dataset.is_pinned if self.is_pinned is None else self.is_pinned,
             quota_bytes=dataset.quota_bytes if self.quota_bytes is None else self.quota_bytes,
             is_direct=dataset.is_direct if self.is_direct is None else self.is_direct,
+            storage_options=dataset.storage_options if self.storage_options is None else self.storage_options,
         )
 
 

@@ -1,81 +1,26 @@
-"""The record: datasets, jobs, the last epoch and the known nodes in SQLite, and the snapshots' files beside it.
+"""The record: what a controller must not forget, behind one interface.
 
-    DIR/lock              held while a controller runs
-    DIR/controller.db     readable by the owner alone: storage options may hold secrets
-    DIR/snapshots/        <digest>.arrow
-    DIR/incoming/         snapshots that are being written; emptied at the start
+    `shoal_controller.sqlite_record.SqliteRecord`    a database in the data directory: the default
+    `shoal_controller.kube.record.KubeRecord`        one object at a Kubernetes API server
 
-The rule: one event is one transaction. A snapshot's file is in its place before a row names it, and goes only after no
-row does, so a crash at any point leaves at most a file that nobody names; the next start deletes it.
+Snapshots are files in either case (`shoal_controller.snapshot_files`).
 
-All of it blocks. It is for one thread at a time, but for `staging` and `snapshot_path`, which any may use.
+The rule: one event is one transaction. A snapshot's file is in its place before the record names it, and goes only
+after the record does not, so a crash at any point leaves at most a file that nobody names; the next start deletes it.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import shutil
-import sqlite3
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, assert_never
 
-from shoal.cluster_map import ClusterMap, Node, NodeState
-from shoal.errors import StoreUnusable
-from shoal_controller.events import (
-    DeleteDataset,
-    DeleteJob,
-    DropSnapshot,
-    KeepSnapshot,
-    SaveDataset,
-    SaveJob,
-    SaveMap,
-    Write,
-)
-from shoal_controller.model import Dataset, Job, JobState, SnapshotInfo
-
-SCHEMA_VERSION = 3
-_SCHEMA = """
-CREATE TABLE cluster (
-    one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL DEFAULT (lower(hex(randomblob(16)))),
-    epoch INTEGER NOT NULL
-) STRICT;
-INSERT INTO cluster (one, epoch) VALUES (1, 0);
-CREATE TABLE nodes (
-    id TEXT PRIMARY KEY, address TEXT NOT NULL, weight INTEGER NOT NULL, topology TEXT NOT NULL, state TEXT NOT NULL,
-    is_draining INTEGER NOT NULL DEFAULT 0
-) STRICT;
-CREATE TABLE datasets (
-    name TEXT PRIMARY KEY, origin TEXT NOT NULL, endpoint TEXT NOT NULL, shard_size INTEGER NOT NULL,
-    replicas INTEGER NOT NULL, storage_options TEXT NOT NULL, created_utc_s REAL NOT NULL,
-    refreshed_utc_s REAL NOT NULL, is_adhoc INTEGER NOT NULL, is_pinned INTEGER NOT NULL DEFAULT 0,
-    quota_bytes INTEGER NOT NULL DEFAULT 0, is_direct INTEGER NOT NULL DEFAULT 0
-) STRICT;
-CREATE TABLE snapshots (
-    dataset TEXT NOT NULL REFERENCES datasets (name) ON DELETE CASCADE, age INTEGER NOT NULL, digest TEXT NOT NULL,
-    objects INTEGER NOT NULL, total_bytes INTEGER NOT NULL, PRIMARY KEY (dataset, age)
-) STRICT;
-CREATE TABLE jobs (
-    id TEXT PRIMARY KEY, dataset TEXT NOT NULL, snapshot TEXT NOT NULL, prefix TEXT NOT NULL, state TEXT NOT NULL,
-    bytes_total INTEGER NOT NULL, bytes_done INTEGER NOT NULL, reason TEXT NOT NULL, created_utc_s REAL NOT NULL,
-    finished_utc_s REAL
-) STRICT;
-"""
-
-#: By the format that they begin with: what makes it the next one.
-_MIGRATIONS = {
-    1: """
-ALTER TABLE datasets ADD COLUMN is_pinned INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE datasets ADD COLUMN quota_bytes INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE datasets ADD COLUMN is_direct INTEGER NOT NULL DEFAULT 0;
-""",
-    2: "ALTER TABLE nodes ADD COLUMN is_draining INTEGER NOT NULL DEFAULT 0;",
-}
+from shoal.cluster_map import ClusterMap
+from shoal_controller.events import DropSnapshot, KeepSnapshot, Write
+from shoal_controller.model import Dataset, Job
+from shoal_controller.snapshot_files import SnapshotFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,96 +37,35 @@ class Contents:
     jobs: tuple[Job, ...]
 
 
-class Record:
-    """A data directory, locked for this process."""
+class Record(ABC):
+    """All of it blocks. It is for one thread at a time, but for `staging` and `snapshot_path`, which any may use."""
 
-    def __init__(self, directory: Path, lock: IO[str], database: sqlite3.Connection) -> None:
-        """Use `open`."""
-        self.directory = directory
-        self.snapshots = directory / "snapshots"
-        self._incoming = directory / "incoming"
-        self._lock = lock
-        self._database = database
+    def __init__(self, files: SnapshotFiles) -> None:
+        self.files = files
 
-    @classmethod
-    def open(cls, directory: Path) -> Record:
-        """Open, or begin, the record in `directory`.
+    @property
+    def directory(self) -> Path:
+        return self.files.directory
 
-        Raises:
-            StoreUnusable: the directory cannot be made or written, another controller uses it, or it holds the record
-                of a newer version or a damaged one.
-        """
-        try:
-            for path in (directory, directory / "snapshots", directory / "incoming"):
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = (directory / "lock").open("a")
-        except OSError as error:
-            raise StoreUnusable(
-                f"the data directory {directory} cannot be used ({error.strerror or error}): make it a directory that "
-                "this user can write, or name another with --data-dir"
-            ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            database = _connect(directory / "controller.db")
-        except BlockingIOError as error:
-            lock.close()
-            raise StoreUnusable(
-                f"another controller uses the data directory {directory}: stop that one, or name another directory "
-                "with --data-dir"
-            ) from error
-        except BaseException:
-            lock.close()
-            raise
-        record = cls(directory, lock, database)
-        try:
-            record._sweep()
-        except BaseException:
-            record.close()
-            raise
-        return record
+    @property
+    def snapshots(self) -> Path:
+        return self.files.snapshots
 
-    def close(self) -> None:
-        self._database.close()
-        self._lock.close()
+    def snapshot_path(self, digest: str) -> Path:
+        """Where the file of a snapshot is, if it is kept."""
+        return self.files.path(digest)
 
+    def staging(self) -> AbstractContextManager[Path]:
+        """See `SnapshotFiles.staging`."""
+        return self.files.staging()
+
+    @abstractmethod
     def load(self) -> Contents:
         """Everything that is recorded.
 
         Raises:
-            StoreUnusable: the database is damaged.
+            StoreUnusable: the record is damaged or cannot be reached.
         """
-        with _converted(self.directory):
-            fetch = self._database.execute
-            ((cluster_id, epoch),) = fetch("SELECT id, epoch FROM cluster").fetchall()
-            nodes = tuple(
-                Node(node_id, address, weight, json.loads(topology), NodeState(state))
-                for node_id, address, weight, topology, state in fetch(
-                    "SELECT id, address, weight, topology, state FROM nodes ORDER BY id"
-                )
-            )
-            draining = frozenset(node_id for (node_id,) in fetch("SELECT id FROM nodes WHERE is_draining"))
-            snapshots: dict[str, list[SnapshotInfo]] = {}
-            for name, *snapshot in fetch(
-                "SELECT dataset, digest, objects, total_bytes FROM snapshots ORDER BY dataset, age"
-            ):
-                snapshots.setdefault(name, []).append(SnapshotInfo(*snapshot))
-            datasets = tuple(
-                Dataset(
-                    name, origin, endpoint, shard_size, replicas, options, tuple(snapshots[name]), created, refreshed,
-                    bool(adhoc), bool(pinned), quota_bytes, bool(direct),
-                )
-                for (
-                    name, origin, endpoint, shard_size, replicas, options, created, refreshed, adhoc, pinned,
-                    quota_bytes, direct,
-                ) in fetch("SELECT * FROM datasets ORDER BY name")
-            )  # fmt: skip
-            jobs = tuple(
-                Job(job_id, dataset, snapshot, prefix, created, 0.0, JobState(state), total, done, reason, finished)
-                for job_id, dataset, snapshot, prefix, state, total, done, reason, created, finished in fetch(
-                    "SELECT * FROM jobs ORDER BY created_utc_s, id"
-                )
-            )
-        return Contents(cluster_id, ClusterMap(epoch, nodes), draining, datasets, jobs)
 
     def write(self, writes: Iterable[Write], staged: Path | None = None) -> None:
         """Carry out the writes of one event, durably.
@@ -191,177 +75,20 @@ class Record:
             staged: the file that `KeepSnapshot` is about, as `staging` made it.
 
         Raises:
-            StoreUnusable: the disk failed or is full. The database is as it was.
+            StoreUnusable: the record cannot be written. It is as it was.
         """
         writes = tuple(writes)
-        with _converted(self.directory):
-            for write in writes:
-                if isinstance(write, KeepSnapshot) and staged is not None:
-                    staged.replace(self.snapshot_path(write.digest))
-                    _sync_directory(self.snapshots)
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                for write in writes:
-                    self._write(write)
-                self._database.execute("COMMIT")
-            except BaseException:
-                if self._database.in_transaction:  # SQLite rolls back by itself where the disk is full
-                    self._database.execute("ROLLBACK")
-                raise
-            for write in writes:
-                if isinstance(write, DropSnapshot):
-                    self.snapshot_path(write.digest).unlink(missing_ok=True)
+        for write in writes:
+            if isinstance(write, KeepSnapshot) and staged is not None:
+                self.files.keep(staged, write.digest)
+        self._commit(writes)
+        for write in writes:
+            if isinstance(write, DropSnapshot):
+                self.files.drop(write.digest)
 
-    def snapshot_path(self, digest: str) -> Path:
-        """Where the file of a snapshot is, if it is kept."""
-        return self.snapshots / f"{digest}.arrow"
+    @abstractmethod
+    def _commit(self, writes: tuple[Write, ...]) -> None:
+        """Record the writes at once or not at all; files are not its business."""
 
-    def _write(self, write: Write) -> None:
-        execute = self._database.execute
-        match write:
-            case SaveMap(cluster_map, draining):
-                execute("UPDATE cluster SET epoch = ?", (cluster_map.epoch,))
-                execute("DELETE FROM nodes")
-                self._database.executemany(
-                    "INSERT INTO nodes VALUES (?, ?, ?, ?, ?, ?)",
-                    [
-                        (
-                            node.id,
-                            node.address,
-                            node.weight,
-                            json.dumps(dict(node.topology)),
-                            str(node.state),
-                            int(node.id in draining),
-                        )
-                        for node in cluster_map.nodes
-                    ],
-                )
-            case SaveDataset(dataset):
-                execute("DELETE FROM datasets WHERE name = ?", (dataset.name,))
-                execute(
-                    "INSERT INTO datasets VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        dataset.name,
-                        dataset.origin,
-                        dataset.endpoint,
-                        dataset.shard_size,
-                        dataset.replicas,
-                        dataset.storage_options,
-                        dataset.created_utc_s,
-                        dataset.refreshed_utc_s,
-                        int(dataset.is_adhoc),
-                        int(dataset.is_pinned),
-                        dataset.quota_bytes,
-                        int(dataset.is_direct),
-                    ),
-                )
-                self._database.executemany(
-                    "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?)",
-                    [(dataset.name, age, *astuple(snapshot)) for age, snapshot in enumerate(dataset.snapshots)],
-                )
-            case DeleteDataset(name):
-                execute("DELETE FROM datasets WHERE name = ?", (name,))
-            case SaveJob(job):
-                execute(
-                    "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        job.id,
-                        job.dataset,
-                        job.snapshot,
-                        job.prefix,
-                        str(job.state),
-                        job.bytes_total,
-                        job.bytes_done,
-                        job.reason,
-                        job.created_utc_s,
-                        job.finished_utc_s,
-                    ),
-                )
-            case DeleteJob(job_id):
-                execute("DELETE FROM jobs WHERE id = ?", (job_id,))
-            case KeepSnapshot() | DropSnapshot():
-                pass  # files, before and after the transaction
-            case _:
-                assert_never(write)
-
-    @contextmanager
-    def staging(self) -> Iterator[Path]:
-        """A directory of its own to write a snapshot aside in, on the same file system; gone at the end.
-
-        Raises:
-            StoreUnusable: it cannot be made.
-        """
-        with _converted(self.directory):
-            path = Path(tempfile.mkdtemp(dir=self._incoming))
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-
-    def _sweep(self) -> None:
-        """Delete what a crash left."""
-        with _converted(self.directory):
-            for path in self._incoming.iterdir():
-                shutil.rmtree(path, ignore_errors=True)
-            named = {digest for (digest,) in self._database.execute("SELECT digest FROM snapshots")}
-            for path in self.snapshots.glob("*.arrow"):
-                if path.stem not in named:
-                    path.unlink()
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    with _converted(path.parent):
-        # SQLite gives its journal the rights of the database, so the database must have them first.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        path.chmod(0o600)
-        # Opened in one thread and used in another, never in two at once.
-        database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        try:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = FULL")
-            database.execute("PRAGMA foreign_keys = ON")
-            ((version,),) = database.execute("PRAGMA user_version").fetchall()
-            if version == 0:
-                database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-            while (upgrade := _MIGRATIONS.get(version)) is not None:
-                version += 1
-                database.executescript(f"BEGIN; {upgrade} PRAGMA user_version = {version}; COMMIT;")
-            if version not in (0, SCHEMA_VERSION):
-                raise StoreUnusable(
-                    f"{path} was written by another version of Shoal (format {version}, this one reads "
-                    f"{SCHEMA_VERSION}): run that version, or name another directory with --data-dir"
-                )
-        except BaseException:
-            database.close()
-            raise
-        return database
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def _converted(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except StoreUnusable:
-        raise
-    except sqlite3.OperationalError as error:
-        raise StoreUnusable(
-            f"the record in {directory} cannot be written ({error}): check that the disk has room and is writable"
-        ) from error
-    except (sqlite3.Error, ValueError, KeyError) as error:
-        raise StoreUnusable(
-            f"the record in {directory} is damaged ({error}): move it away and add the datasets again, or restore a "
-            "copy of it"
-        ) from error
-    except OSError as error:
-        raise StoreUnusable(
-            f"the data directory {directory} cannot be written ({error.strerror or error}): check that the disk has "
-            "room and that this user may write there"
-        ) from error
+    def close(self) -> None:
+        self.files.close()

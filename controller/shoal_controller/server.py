@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Callable
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,10 @@ from shoal_controller.control import Control
 from shoal_controller.members import Members
 from shoal_controller.metrics import ControllerMetrics
 from shoal_controller.model import Policy
+from shoal_controller.record import Record
 from shoal_controller.rpc import Seam
 from shoal_controller.shell import Shell
+from shoal_controller.sqlite_record import SqliteRecord
 
 #: What calls get to end by themselves when the controller stops; streams to nodes never do.
 STOP_GRACE_S = 0.5
@@ -73,6 +76,7 @@ class Config:
 
     Attributes:
         advertise: host under which nodes and clients reach it.
+        open_record: opens the record over `data_dir`; called in a thread.
     """
 
     data_dir: Path
@@ -81,16 +85,20 @@ class Config:
     advertise: str
     policy: Policy
     adhoc: AdhocPolicy
+    open_record: Callable[[Path], Record] = SqliteRecord.open
 
 
 class Server:
-    """A running controller."""
+    """A running controller. For what runs beside it in the process, `shell` and `catalog` are its own."""
 
-    def __init__(self, shell: Shell, grpc_address: str, http_address: str, stack: AsyncExitStack) -> None:
+    def __init__(
+        self, shell: Shell, catalog: Catalog, grpc_address: str, http_address: str, stack: AsyncExitStack
+    ) -> None:
         """Use `start`. The addresses are ``host:port`` as others reach them."""
+        self.shell = shell
+        self.catalog = catalog
         self.grpc_address = grpc_address
         self.http_address = http_address
-        self._shell = shell
         self._stack = stack
 
     @classmethod
@@ -101,7 +109,7 @@ class Server:
             StoreUnusable: the data directory or one of the addresses cannot be used.
         """
         async with AsyncExitStack() as stack:
-            shell = await Shell.start(config.data_dir, config.policy)
+            shell = await Shell.start(lambda: config.open_record(config.data_dir), config.policy)
             stack.push_async_callback(shell.close)
             catalog = Catalog(shell, list_origin, config.adhoc)
             stack.push_async_callback(catalog.close)
@@ -123,7 +131,7 @@ class Server:
             await services.start()
             stack.push_async_callback(services.stop, STOP_GRACE_S)
             view.grpc_address = str(Address(config.advertise, grpc_port))
-            return cls(shell, view.grpc_address, view.http_address, stack.pop_all())
+            return cls(shell, catalog, view.grpc_address, view.http_address, stack.pop_all())
         raise AssertionError("the stack swallows no exception")
 
     async def serve(self, stop: asyncio.Event) -> None:
@@ -132,7 +140,7 @@ class Server:
         Raises:
             StoreUnusable: the record can no longer be written; a new start goes on from what is recorded.
         """
-        stopping, failing = asyncio.create_task(stop.wait()), asyncio.create_task(self._shell.failed())
+        stopping, failing = asyncio.create_task(stop.wait()), asyncio.create_task(self.shell.failed())
         try:
             await asyncio.wait((stopping, failing), return_when=asyncio.FIRST_COMPLETED)
             if failing.done():

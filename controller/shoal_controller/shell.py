@@ -73,15 +73,20 @@ class Shell:
         self._ticking = asyncio.create_task(self._tick_forever())
 
     @classmethod
-    async def start(cls, directory: Path, policy: Policy, clock: Callable[[], Moment] = system_clock) -> Shell:
-        """Open the record in `directory` and go on from there.
+    async def start(
+        cls, open_record: Callable[[], Record], policy: Policy, clock: Callable[[], Moment] = system_clock
+    ) -> Shell:
+        """Open the record and go on from there.
+
+        Args:
+            open_record: called in the record's own thread.
 
         Raises:
-            StoreUnusable: as `Record.open` and `Record.load`.
+            StoreUnusable: as `open_record` and `Record.load`.
         """
         thread = ThreadPoolExecutor(1, thread_name_prefix="record")
         loop = asyncio.get_running_loop()
-        record = await loop.run_in_executor(thread, Record.open, directory)
+        record = await loop.run_in_executor(thread, open_record)
         try:
             contents = await loop.run_in_executor(thread, record.load)
         except BaseException:
@@ -150,6 +155,18 @@ class Shell:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def with_record(self, call: Callable[[], T]) -> T:
+        """Do something else with the record, in its thread and in turn.
+
+        Raises:
+            StoreUnusable: as `call`. Then the controller cannot go on.
+        """
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        except StoreUnusable as error:
+            self._fail(error)
+            raise
 
     async def _commit(self, written: asyncio.Future[None], state: State, actions: tuple[Action, ...]) -> None:
         try:

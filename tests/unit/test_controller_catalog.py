@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -17,6 +18,7 @@ from shoal_controller.catalog import AdhocPolicy, Catalog, Definition, Listing
 from shoal_controller.events import NodeRegistered
 from shoal_controller.model import SnapshotInfo
 from shoal_controller.shell import Shell
+from shoal_controller.sqlite_record import SqliteRecord
 from tests.support.controller import POLICY, START, digest, node
 
 ADHOC = AdhocPolicy.parse(["s3://team/data/", "s3://team/data/deeper"], '{"key": "env:KEY"}')
@@ -70,7 +72,7 @@ class Running:
 
 @asynccontextmanager
 async def running(directory: Path, adhoc: AdhocPolicy) -> AsyncIterator[Running]:
-    shell = await Shell.start(directory, POLICY, lambda: START)
+    shell = await Shell.start(lambda: SqliteRecord.open(directory), POLICY, lambda: START)
     origin = ScriptedOrigin()
     known = Catalog(shell, origin, adhoc)
     try:
@@ -334,7 +336,7 @@ def test_adhoc_prefixes_are_checked_at_the_start() -> None:
 def test_a_record_that_fails_ends_the_controller_and_tells_nobody(run: Callable[..., None]) -> None:
     async def test(it: Running) -> None:
         failing = asyncio.create_task(it.shell.failed())
-        it.shell.record._database.execute("PRAGMA query_only = ON")
+        cast(SqliteRecord, it.shell.record)._database.execute("PRAGMA query_only = ON")
         with pytest.raises(StoreUnusable, match="cannot be written"):
             await it.shell.apply(NodeRegistered(node("n1")))
         assert it.shell.state.members == {}

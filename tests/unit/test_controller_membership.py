@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from shoal.cluster_map import ClusterMap, Node, NodeState
 from shoal.errors import DoesNotFit, InvalidRequest, NotFound
-from shoal_controller import status
+from shoal_controller import membership, status
 from shoal_controller.events import DrainRequested, PublishOrders, SaveMap, TimePassed, UndrainRequested
-from shoal_controller.model import MAX_EPOCHS_AHEAD, JobState
+from shoal_controller.model import MAX_EPOCHS_AHEAD, JobState, Moment
 from tests.support.controller import GIB, POLICY, Cluster, dataset, node, refusals, share
 
 
@@ -345,3 +347,10 @@ def test_warnings_name_what_is_wrong() -> None:
     assert status.warnings(cluster.state) == []
     cluster.report(node("a"), condition="the disk is slow")
     assert status.warnings(cluster.state) == ["node a (a:7450) reports: the disk is slow"]
+
+
+def test_the_first_lease_after_a_start_may_be_longer() -> None:
+    now = Moment(100.0, 0.0)
+    for first_s, ends_s in ((0.0, 105.0), (20.0, 120.0)):
+        policy = replace(POLICY, first_lease_s=first_s)
+        assert membership.restore([node("n1")], (), now, policy)["n1"].lease_ends_s == ends_s

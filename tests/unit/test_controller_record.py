@@ -23,7 +23,7 @@ from shoal_controller.events import (
     Write,
 )
 from shoal_controller.model import Job, JobState
-from shoal_controller.record import Record
+from shoal_controller.sqlite_record import SqliteRecord
 from tests.support.controller import dataset, digest, snapshot
 
 MAP = ClusterMap(
@@ -37,18 +37,18 @@ JOB = Job("j1", "imagenet", digest(1), "train/", 5.0, 0.0, JobState.RUNNING, 10,
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Iterator[Record]:
-    opened = Record.open(tmp_path / "data")
+def record(tmp_path: Path) -> Iterator[SqliteRecord]:
+    opened = SqliteRecord.open(tmp_path / "data")
     yield opened
     opened.close()
 
 
-def reopened(record: Record) -> Record:
+def reopened(record: SqliteRecord) -> SqliteRecord:
     record.close()
-    return Record.open(record.directory)
+    return SqliteRecord.open(record.directory)
 
 
-def staged(record: Record, content: bytes = b"arrow") -> Path:
+def staged(record: SqliteRecord, content: bytes = b"arrow") -> Path:
     """A snapshot's file as a listing leaves it."""
     with record.staging() as directory:
         kept = directory.rename(directory.with_name("kept"))
@@ -60,7 +60,7 @@ def staged(record: Record, content: bytes = b"arrow") -> Path:
 def test_a_new_record_is_empty_and_has_an_id_of_its_own(tmp_path: Path) -> None:
     ids = []
     for name in ("a", "b"):
-        record = Record.open(tmp_path / name)
+        record = SqliteRecord.open(tmp_path / name)
         contents = record.load()
         assert (contents.map, contents.datasets, contents.jobs) == (ClusterMap(), (), ())
         record = reopened(record)
@@ -72,7 +72,7 @@ def test_a_new_record_is_empty_and_has_an_id_of_its_own(tmp_path: Path) -> None:
 
 
 def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
-    record = Record.open(tmp_path / "data")
+    record = SqliteRecord.open(tmp_path / "data")
     added = replace(dataset(), snapshots=(snapshot(2), snapshot(1)), is_adhoc=True, endpoint="http://s3:9000")
     added = replace(added, is_pinned=True, quota_bytes=5 << 40, is_direct=True)
     done = replace(JOB, id="j0", state=JobState.DONE, finished_utc_s=9.5, created_utc_s=4.0)
@@ -86,7 +86,7 @@ def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
     record.close()
 
 
-def test_a_second_write_replaces_the_first(record: Record) -> None:
+def test_a_second_write_replaces_the_first(record: SqliteRecord) -> None:
     record.write([SaveMap(MAP), SaveDataset(replace(dataset(), snapshots=(snapshot(2), snapshot(1)))), SaveJob(JOB)])
     smaller = ClusterMap(8, MAP.nodes[:1])
     later = replace(JOB, state=JobState.CANCELLED, reason="", finished_utc_s=6.0)
@@ -95,14 +95,14 @@ def test_a_second_write_replaces_the_first(record: Record) -> None:
     assert (contents.map, contents.datasets, contents.jobs) == (smaller, (dataset(),), (later,))
 
 
-def test_what_is_deleted_is_gone(record: Record) -> None:
+def test_what_is_deleted_is_gone(record: SqliteRecord) -> None:
     record.write([SaveDataset(dataset()), SaveJob(JOB)])
     record.write([DeleteDataset("imagenet"), DeleteJob("j1")])
     contents = record.load()
     assert (contents.datasets, contents.jobs) == ((), ())
 
 
-def test_secrets_are_for_the_owner_alone(record: Record) -> None:
+def test_secrets_are_for_the_owner_alone(record: SqliteRecord) -> None:
     record.write([SaveDataset(dataset())])
     files = [path for path in record.directory.iterdir() if path.name.startswith("controller.db")]
     assert len(files) >= 2  # with SQLite's journal
@@ -110,13 +110,13 @@ def test_secrets_are_for_the_owner_alone(record: Record) -> None:
     assert stat.S_IMODE(record.directory.stat().st_mode) == 0o700
 
 
-def test_writes_are_synced_to_the_disk(record: Record) -> None:
+def test_writes_are_synced_to_the_disk(record: SqliteRecord) -> None:
     query = record._database.execute
     assert query("PRAGMA journal_mode").fetchone() == ("wal",)
     assert query("PRAGMA synchronous").fetchone() == (2,)
 
 
-def test_a_snapshot_moves_into_its_place_and_goes_when_dropped(record: Record) -> None:
+def test_a_snapshot_moves_into_its_place_and_goes_when_dropped(record: SqliteRecord) -> None:
     record.write([KeepSnapshot(digest(1)), SaveDataset(dataset())], staged(record))
     path = record.snapshot_path(digest(1))
     assert path.read_bytes() == b"arrow"
@@ -124,7 +124,7 @@ def test_a_snapshot_moves_into_its_place_and_goes_when_dropped(record: Record) -
     assert not path.exists()
 
 
-def test_one_event_is_one_transaction(record: Record) -> None:
+def test_one_event_is_one_transaction(record: SqliteRecord) -> None:
     record.write([SaveMap(MAP), SaveDataset(dataset())])
     record.write([KeepSnapshot(digest(1))], staged(record))
     one_id_twice = ClusterMap(8, (MAP.nodes[0], MAP.nodes[0]))
@@ -138,7 +138,7 @@ def test_one_event_is_one_transaction(record: Record) -> None:
     assert record.load().map.epoch == 9
 
 
-def test_what_a_crash_left_is_swept_at_the_start(record: Record) -> None:
+def test_what_a_crash_left_is_swept_at_the_start(record: SqliteRecord) -> None:
     record.write([KeepSnapshot(digest(1)), SaveDataset(dataset())], staged(record))
     orphan = record.snapshot_path(digest(5))
     orphan.write_bytes(b"no row names it")
@@ -150,15 +150,15 @@ def test_what_a_crash_left_is_swept_at_the_start(record: Record) -> None:
     again.close()
 
 
-def test_staging_is_gone_at_the_end(record: Record) -> None:
+def test_staging_is_gone_at_the_end(record: SqliteRecord) -> None:
     with record.staging() as directory:
         (directory / "x").write_bytes(b"1")
     assert not directory.exists()
 
 
-def test_a_directory_has_one_controller(record: Record) -> None:
+def test_a_directory_has_one_controller(record: SqliteRecord) -> None:
     with pytest.raises(StoreUnusable, match=r"another controller uses the data directory .*--data-dir"):
-        Record.open(record.directory)
+        SqliteRecord.open(record.directory)
     again = reopened(record)
     again.close()
 
@@ -167,19 +167,19 @@ def test_a_directory_has_one_controller(record: Record) -> None:
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreUnusable, match=rf"the data directory {tmp_path}/{below} cannot be used .*--data-dir"):
-        Record.open(tmp_path / below)
+        SqliteRecord.open(tmp_path / below)
 
 
 def test_a_damaged_database_is_named(tmp_path: Path) -> None:
-    Record.open(tmp_path).close()
+    SqliteRecord.open(tmp_path).close()
     (tmp_path / "controller.db").write_bytes(b"not a database at all, but long enough to be looked at" * 100)
     for leftover in ("controller.db-wal", "controller.db-shm"):
         (tmp_path / leftover).unlink(missing_ok=True)
     with pytest.raises(StoreUnusable, match=rf"the record in {tmp_path} is damaged"):
-        Record.open(tmp_path)
+        SqliteRecord.open(tmp_path)
     # The lock was let go of, so that the repaired directory can be opened.
     (tmp_path / "controller.db").unlink()
-    Record.open(tmp_path).close()
+    SqliteRecord.open(tmp_path).close()
 
 
 #: What format 1 had, with a dataset in it.
@@ -216,7 +216,7 @@ def test_the_record_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
     database = sqlite3.connect(tmp_path / "controller.db")
     database.executescript(FORMAT_1)
     database.close()
-    record = Record.open(tmp_path)
+    record = SqliteRecord.open(tmp_path)
     contents = record.load()
     assert contents.cluster_id == "0123456789abcdef0123456789abcdef"
     assert contents.map == ClusterMap(7, (Node("a", "a:1", 10, {}, NodeState.UP),))
@@ -229,9 +229,9 @@ def test_the_record_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_the_record_of_another_version_is_left_alone(tmp_path: Path) -> None:
-    Record.open(tmp_path).close()
+    SqliteRecord.open(tmp_path).close()
     database = sqlite3.connect(tmp_path / "controller.db")
     database.execute("PRAGMA user_version = 99")
     database.close()
     with pytest.raises(StoreUnusable, match="written by another version of Shoal"):
-        Record.open(tmp_path)
+        SqliteRecord.open(tmp_path)

@@ -30,8 +30,8 @@ from shoal_controller import control, shell
 from shoal_controller.catalog import AdhocPolicy
 from shoal_controller.model import Policy
 from shoal_controller.origins import list_origin
-from shoal_controller.record import Record
 from shoal_controller.server import Address, Config, Server
+from shoal_controller.sqlite_record import SqliteRecord
 
 DOCS = Path(__file__).parents[2] / "docs"
 LOOPBACK = Address("127.0.0.1", 0)
@@ -605,4 +605,4 @@ def test_a_port_that_is_taken_is_named_with_its_flag(tmp_path: Path) -> None:
 
     asyncio.run(test())
     # What the failed starts had opened is closed again, the directory's lock with it.
-    Record.open(tmp_path / "b").close()
+    SqliteRecord.open(tmp_path / "b").close()
