@@ -28,6 +28,27 @@ def faults(found: Mapping[str, Any], api: str) -> list[str]:
     return list(_faults(json.dumps(found, sort_keys=True), api))
 
 
+def custom_faults(found: Mapping[str, Any], definition: Mapping[str, Any]) -> list[str]:
+    """What the schema of a CustomResourceDefinition would not take, but for its CEL rules; unknown fields included."""
+    _, _, version = found["apiVersion"].rpartition("/")
+    (served,) = [each for each in definition["spec"]["versions"] if each["name"] == version]
+    # The API server puts what it does not know away; `kubectl apply` refuses it, and so does this.
+    schema = _closed(served["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {}
+    return [f"{error.json_path}: {error.message}" for error in Draft202012Validator(schema).iter_errors(found)]
+
+
+def _closed(schema: Any) -> Any:
+    match schema:
+        case {"properties": _}:
+            return {"additionalProperties": False, **{key: _closed(value) for key, value in schema.items()}}
+        case dict():
+            return {key: _closed(value) for key, value in schema.items()}
+        case list():
+            return [_closed(each) for each in schema]
+    return schema
+
+
 @functools.cache
 def _faults(text: str, api: str) -> tuple[str, ...]:
     found = json.loads(text)

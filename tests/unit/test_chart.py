@@ -447,6 +447,7 @@ def test_a_value_without_a_description_is_found(text: str) -> None:
         ({"socketDirectory": "run"}, ["socketDirectory", "pattern"]),
         ({"storageClasses": [{"name": "a"}]}, ["storageClasses", "dataset"]),
         ({"gate": {"tls": {"from": "existing"}}}, ["gate.tls.secretName"]),
+        ({"cacheNode": {"hostNetwork": True}}, ["networkPolicy.control", "ipBlock"]),
         ({"gate": {"tls": {"from": "existing", "secretName": "a"}}}, ["gate.tls.caBundle"]),
     ],
     ids=lambda each: str(each)[:60] if isinstance(each, dict) else "",
@@ -463,6 +464,26 @@ def test_notes_name_what_is_there() -> None:
     assert "kubectl label node NODE shoal.io/cache=true" in notes
     assert "http://training-shoal-controller.shoal.svc:7441" in notes
     assert "emptyDir" in helm.files(MATRIX["trying out"])[helm.NOTES]
+
+
+def test_examples_of_the_page_are_what_the_api_takes() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", _text("docs/kubernetes.md"), re.MULTILINE | re.DOTALL)
+    examples = [each for block in blocks for each in yaml.safe_load_all(block)]
+    assert [each["kind"] for each in examples] == ["Dataset", "Prefetch", "Job"]
+    for each in examples:
+        if not each["apiVersion"].startswith("shoal.io/"):
+            for api in APIS:
+                assert kube_schemas.faults(each, api) == []
+    definitions = {
+        definition["spec"]["names"]["kind"]: definition
+        for path in (helm.CHART / "crds").glob("*.yaml")
+        for definition in yaml.safe_load_all(path.read_text())
+    }
+    if not definitions:
+        pytest.skip("this tree's chart has no custom resource definitions")
+    for each in examples:
+        if each["apiVersion"].startswith("shoal.io/"):
+            assert kube_schemas.custom_faults(each, definitions[each["kind"]]) == []
 
 
 def test_versions_are_one() -> None:
