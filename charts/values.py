@@ -33,6 +33,7 @@ PATTERNS = {
     "quantity": r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]|[KMGTPE]i)?$",
     "size": r"^([0-9]+(\.[0-9]+)?\s*([kKMGT]i?)?B?)?$",
     "time": r"^[0-9]+(\.[0-9]+)?(s|min|h|d)?$",
+    "interval": r"^[0-9]+(ms|s|m|h|d)$",  # Prometheus's, which has another word for minutes
     "count": r"^[0-9]+%?$",
     "image": r"^.+(:[^:/]+|@sha256:[0-9a-f]{64})$",
 }
