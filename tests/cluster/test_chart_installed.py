@@ -5,6 +5,9 @@ There are no nodes: that its pods run is not tried here. A server is started for
 
 from __future__ import annotations
 
+import base64
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,11 +37,21 @@ def server() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def release(server: Any) -> Iterator[Any]:
+def chart(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The chart, for servers of any version: one that somebody built says 0.0.0."""
+    copy = tmp_path_factory.mktemp("chart") / "shoal"
+    shutil.copytree(helm.CHART, copy)
+    about = copy / "Chart.yaml"
+    about.write_text(re.sub(r"^kubeVersion: .*$", "", about.read_text(), flags=re.MULTILINE))
+    return str(copy)
+
+
+@pytest.fixture(scope="module")
+def release(server: Any, chart: str) -> Iterator[Any]:
     """The chart, installed. Its definitions are there already."""
     config = helm.helm_python.Config(kubeconfig_path=str(server.kubeconfig), namespace=NAMESPACE)
     with config:
-        config.install(str(helm.CHART), helm.RELEASE, VALUES)
+        config.install(chart, helm.RELEASE, VALUES)
         try:
             yield config
         finally:
@@ -51,14 +64,14 @@ def account(server: Any, release: Any, tmp_path: Path) -> Any:
     return server.as_service_account("shoal-controller", NAMESPACE, tmp_path)
 
 
-def test_an_upgrade_keeps_the_certificate_and_the_record(server: Any, release: Any) -> None:
+def test_an_upgrade_keeps_the_certificate_and_the_record(server: Any, release: Any, chart: str) -> None:
     """Read back from the server, so that a webhook goes on being believed and no dataset is forgotten."""
-    record = {"record.json.gz": "cmVjb3Jk"}
+    record = {"kept": "cmVjb3Jk"}
     server.patch(kube_api.SECRETS, "shoal-controller-record", {"data": record}, NAMESPACE)
     before = server.get(kube_api.SECRETS, "shoal-gate", NAMESPACE)["data"]
-    release.upgrade(str(helm.CHART), helm.RELEASE, {**VALUES, "logLevel": "debug"})
+    release.upgrade(chart, helm.RELEASE, {**VALUES, "logLevel": "debug"})
     assert server.get(kube_api.SECRETS, "shoal-gate", NAMESPACE)["data"] == before
-    assert server.get(kube_api.SECRETS, "shoal-controller-record", NAMESPACE)["data"] == record
+    assert record.items() <= server.get(kube_api.SECRETS, "shoal-controller-record", NAMESPACE)["data"].items()
     (webhook,) = server.get(apiserver.WEBHOOKS, "shoal-gate")["webhooks"]
     assert webhook["clientConfig"]["caBundle"] == before["ca.crt"]
 
@@ -100,7 +113,8 @@ def test_what_is_listed_is_allowed(server: Any, account: Any) -> None:
         if resource is kube_api.ENDPOINT_SLICES:
             made |= {"addressType": "IPv4", "endpoints": []}
         account.create(resource, made, NAMESPACE)
-        assert account.get(resource, "shoal-controller", NAMESPACE)
+        present = account.get(resource, "shoal-controller", NAMESPACE)
+        account.request("PUT", resource.path(namespace=NAMESPACE, name="shoal-controller"), present)
 
 
 def _pod(name: str, *gates: str) -> dict[str, Any]:
@@ -122,7 +136,7 @@ def test_of_a_pod_the_controller_may_change_its_gate_and_affinity_alone(server: 
 
     image = {"spec": {"containers": [{"name": "train", "image": "mine:1"}]}}
     # The server begins to enforce a policy a moment after it was made.
-    wait_for(lambda: _refusal(lambda: patch("held", image)).startswith("Validating"), timeout_s=30)
+    wait_for(lambda: "ValidatingAdmissionPolicy" in _refusal(lambda: patch("held", image)), timeout_s=30)
     for change, words in [
         (image, "containers"),
         ({"metadata": {"labels": {"app": "mine"}}}, "labels"),
@@ -145,7 +159,36 @@ def test_of_a_pod_the_controller_may_change_its_gate_and_affinity_alone(server: 
     assert server.patch(kube_api.PODS, "free", image, TEAM)["spec"]["containers"][0]["image"] == "mine:1"
 
 
-def test_a_dry_run_of_every_set_of_values_is_taken(server: Any, release: Any) -> None:
+def test_the_chart_allows_all_that_the_controller_does(server: Any, account: Any, tmp_path: Path) -> None:
+    """The process itself, with the account's token and the chart's certificate."""
+    clusters = pytest.importorskip("tests.support.kube_clusters", reason="this tree knows no such clusters")
+    certificates = tmp_path / "gate"
+    certificates.mkdir()
+    for name, text in server.get(kube_api.SECRETS, "shoal-gate", NAMESPACE)["data"].items():
+        (certificates / name).write_bytes(base64.b64decode(text))
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    (origin / "a.bin").write_bytes(b"a" * 100_000)
+    flags = ["--gate-listen", "127.0.0.1:0", "--gate-cert-dir", str(certificates)]
+    with clusters.KubeCluster(account.kubeconfig, NAMESPACE, *flags, nodes=1) as cluster:
+        spec = {"origin": f"file://{origin}", "secretRef": {"name": "imagenet-s3"}}
+        server.create(kube_api.DATASETS, {"metadata": {"name": "imagenet"}, "spec": spec})
+        pod = _pod("waits", GATE)
+        pod["metadata"]["labels"]["shoal.io/datasets"] = "imagenet"
+        server.create(kube_api.PODS, pod, TEAM)
+        made = {"metadata": {"name": "warm"}, "spec": {"dataset": "imagenet", "ttlSecondsAfterFinished": 0}}
+        server.create(kube_api.PREFETCHES, made, TEAM)
+        wait_for(lambda: not server.get(kube_api.PODS, "waits", TEAM)["spec"].get("schedulingGates"))
+        wait_for(lambda: not server.has(kube_api.PREFETCHES, "warm", TEAM))
+        assert "record.json.gz" in server.get(kube_api.SECRETS, "shoal-controller-record", NAMESPACE)["data"]
+        assert server.list(kube_api.EVENTS, TEAM)
+        server.delete(kube_api.DATASETS, "imagenet")
+        wait_for(lambda: not server.has(kube_api.DATASETS, "imagenet"))
+        log = cluster.controller.log_path.read_text()
+        assert "orbidden" not in log and "403" not in log
+
+
+def test_a_dry_run_of_every_set_of_values_is_taken(server: Any) -> None:
     from tests.unit.test_chart import FOREIGN, MATRIX
 
     for values in MATRIX.values():
@@ -155,15 +198,15 @@ def test_a_dry_run_of_every_set_of_values_is_taken(server: Any, release: Any) ->
 
 
 def _apply_dry(server: Any, found: Any) -> None:
-    """Server-side apply without a trace: defaults, validation, CEL and all."""
+    """Server-side apply without a trace: defaults, validation, CEL. Not where the release is, which it would join."""
     group = found["apiVersion"]
     base = f"/apis/{group}" if "/" in group else f"/api/{group}"
     kinds = {each["kind"]: each for each in server.request("GET", base)["resources"] if "/" not in each["name"]}
     kind, metadata = kinds[found["kind"]], dict(found["metadata"])
     where = ""
     if kind["namespaced"]:
-        metadata["namespace"] = NAMESPACE
-        where = f"/namespaces/{NAMESPACE}"
+        metadata["namespace"] = TEAM
+        where = f"/namespaces/{TEAM}"
     query = "?dryRun=All&fieldManager=test&force=true&fieldValidation=Strict"
     path = f"{base}{where}/{kind['name']}/{metadata['name']}{query}"
     server.request("PATCH", path, {**found, "metadata": metadata}, "application/apply-patch+yaml")
