@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-faults soak bench lint format proto clean
+.PHONY: demo test test-faults soak bench lint format proto chart clean
 
 demo: .venv/.demo  ## start a local cluster and a real S3 origin, run the main job, print what happened
 	$(BIN)/python -m benchmarks.demo
@@ -43,6 +43,9 @@ format: .venv/.test
 
 proto: .venv/.test  ## make the gRPC stubs anew
 	$(BIN)/python -m grpc_tools.protoc -I client --python_out=client --pyi_out=client --grpc_python_out=client client/shoal/wire/shoal.proto client/shoal_csi/csi.proto
+
+chart: .venv/.test  ## make the schema and the table of the chart's values anew
+	$(BIN)/python charts/values.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
