@@ -13,7 +13,8 @@ test: lint  ## everything CI runs
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-faults: .venv/.test  ## every fault test, the long ones too
-	$(BIN)/python -m pytest tests/faults tests/cluster/test_csi.py tests/cluster/test_mount_command.py tests/cluster/test_kube_processes.py -m 'long or not long' --timeout 1200
+	$(BIN)/python -m pytest tests/faults tests/cluster/test_csi.py tests/cluster/test_mount_command.py \
+	  tests/cluster/test_mount_programs.py tests/cluster/test_mount_tier.py -m 'long or not long' --timeout 1200
 
 soak: .venv/.test  ## faults of every kind at random under load: make soak MINUTES=30 SEED=1
 	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),1)
@@ -25,6 +26,7 @@ bench: .venv/.test  ## full-size benchmarks, half an hour; results go to benchma
 	$(BIN)/python -m benchmarks.membership --json benchmarks/results/membership.json
 	$(BIN)/python -m benchmarks.epochs --json benchmarks/results/epochs.json
 	$(BIN)/python -m benchmarks.mounted --json benchmarks/results/mounted.json
+	$(BIN)/python -m benchmarks.tier --json benchmarks/results/tier.json
 	$(BIN)/python -m benchmarks.loaders $(if $(PEERS),--peers $(PEERS)) --json benchmarks/results/loaders.json
 	$(BIN)/python -m benchmarks
 

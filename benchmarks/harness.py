@@ -65,8 +65,11 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
+    """`cpu_s` is everybody's; `servers_cpu_s` the servers' part of it."""
+
     outcome: Outcome
     cpu_s: float
+    servers_cpu_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,23 +160,26 @@ class Contender:
         try:
             if self.prepare:
                 worker.call(*self.prepare)
-            pids = (worker.pid, *self.servers)
-            started = cpu_seconds(pids)
+            client, servers = cpu_seconds([worker.pid]), cpu_seconds(self.servers)
             outcome: Outcome = worker.call(self.function, *self.arguments(turn))
-            cpu_s = cpu_seconds(pids) - started
+            client, servers = cpu_seconds([worker.pid]) - client, cpu_seconds(self.servers) - servers
         finally:
             if self.worker is None:
                 worker.close()
         if self.after:
             self.after(turn)
-        return Turn(outcome, cpu_s)
+        return Turn(outcome, client + servers, servers)
 
 
-def interleave(contenders: Sequence[Contender], runs: int) -> dict[str, Series]:
-    """Let all contenders take turns, `runs` counted ones each after one that is not."""
+def interleave(contenders: Sequence[Contender], runs: int, *, alternates: bool = False) -> dict[str, Series]:
+    """Let all contenders take turns, `runs` counted ones each after one that is not.
+
+    Args:
+        alternates: every other round goes backwards (A B C C B A), where it matters who came before.
+    """
     turns: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
     for number in range(runs + 1):
-        for contender in contenders:
+        for contender in contenders[:: -1 if alternates and number % 2 else 1]:
             progress(f"  {contender.name}: " + (f"{number} of {runs}" if number else "warm-up"))
             taken = contender.take(number)
             if number:

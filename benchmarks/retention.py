@@ -151,7 +151,8 @@ def part(names: Sequence[str], scale: Scale, directory: Path) -> dict[str, Any]:
     total_bytes = scale.bytes
     capacity = f"{total_bytes // 2 // NODES}"
     each_objects = scale.objects // len(names)
-    with DevCluster(nodes=NODES, capacity=capacity, data_dir=directory / "cluster") as cluster:
+    args = ["--recent", "0"]  # what is kept on the drive is measured, not what has just passed through
+    with DevCluster(nodes=NODES, capacity=capacity, data_dir=directory / "cluster", node_args=args) as cluster:
         jobs = [Job(cluster, name, directory / name, each_objects, scale.object_bytes) for name in names]
         epochs = []
         for number in range(1, EPOCHS + 1):

@@ -91,6 +91,26 @@ def read_sequential(access: Access, urls: Sequence[str], length: int) -> Outcome
     return reads.sequential(filesystem(access).open, urls, length)
 
 
+def read_steps(access: Access, urls: Sequence[str], length: int) -> Outcome:
+    """``read(length)`` until nothing comes, each a bytes object of its own."""
+    fs = filesystem(access)
+    size = 0
+    started = time.perf_counter()
+    for url in urls:
+        with fs.open(url) as file:
+            while data := file.read(length):
+                size += len(data)
+    return Outcome(time.perf_counter() - started, size)
+
+
+def cat(access: Access, urls: Sequence[str]) -> Outcome:
+    """Each object as one bytes object."""
+    fs = filesystem(access)
+    started = time.perf_counter()
+    size = sum(len(fs.cat_file(url)) for url in urls)
+    return Outcome(time.perf_counter() - started, size)
+
+
 def read_seeking(access: Access, ranges: Sequence[Range]) -> Outcome:
     return reads.seeking(filesystem(access).open, ranges)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from shoal import watch
 from shoal.devcluster import ports
 from tests.support.proxy import CountingProxy
 from tests.support.weed import Weed
@@ -33,6 +34,16 @@ def pytest_configure(config: pytest.Config) -> None:
         number, count = int(workerinput["workerid"].removeprefix("gw")), workerinput["workercount"]
         mine = ports._candidates()[number::count]
         ports._candidates = lambda: mine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _patient(request: pytest.FixtureRequest) -> Iterator[None]:
+    """But in fault tests no node is grey: where one is late, in this process too, a second one that is asked would fill
+    the same once more."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if not request.module.__name__.startswith("tests.faults."):
+            monkeypatch.setattr(watch, "HASTY_S", 20.0)
+        yield
 
 
 @pytest.fixture(scope="session")

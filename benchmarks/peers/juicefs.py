@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness import Missing
@@ -20,7 +21,8 @@ from benchmarks.peers import mounting
 
 SETTINGS = (
     "JuiceFS: --cache-size above the set, --buffer-size 1024M, --max-fuse-io 1M, --prefetch 3, --open-cache, "
-    "--attr-cache and --entry-cache 3600s (files never change), --verify-cache-checksum none, SQLite metadata; "
+    "--attr-cache, --entry-cache and --dir-entry-cache 3600s (files never change), --readdir-cache, "
+    "--verify-cache-checksum none, SQLite metadata; "
     "warmed with `juicefs warmup`, then read once"
 )
 
@@ -31,31 +33,62 @@ def find() -> str:
     return mounting.require(beside or "juicefs")
 
 
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A file system of JuiceFS's that can be mounted. What it keeps on this machine lies in `directory`."""
+
+    program: str
+    directory: Path
+    environment: dict[str, str]
+
+    @property
+    def metadata(self) -> str:
+        return f"sqlite3://{self.directory / 'meta.db'}"
+
+
+def make(origin: Origin, bucket: str, directory: Path) -> Volume:
+    """An empty volume whose data go to `bucket`."""
+    directory.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment |= {"ACCESS_KEY": origin.access_key, "SECRET_KEY": origin.secret_key, "HOME": str(directory)}
+    volume = Volume(find(), directory, environment)
+    place = ["--storage", "s3", "--bucket", f"{origin.endpoint_url}/{bucket}"]
+    _run([volume.program, "format", volume.metadata, "bench", *place, "--trash-days", "0"], environment)
+    return volume
+
+
+@contextlib.contextmanager
+def serve(volume: Volume, name: str, cache_bytes: int) -> Iterator[tuple[Path, int]]:
+    """Yields where the volume is mounted, with an empty cache of its own, and the mount's process id."""
+    directory = volume.directory
+    point = directory / name
+    command = [
+        *(volume.program, "mount", volume.metadata, str(point), "--cache-dir", f"{point}-cache", "--no-syslog"),
+        *("--cache-size", f"{cache_bytes // 2**20}M", "--free-space-ratio", "0.01", "--buffer-size", "1024M"),
+        *("--max-fuse-io", "1M", "--prefetch", "3", "--verify-cache-checksum", "none"),
+        *("--open-cache", "3600s", "--attr-cache", "3600s", "--entry-cache", "3600s", "--dir-entry-cache", "3600s"),
+        *("--readdir-cache", "--no-usage-report", "--no-bgjob", "--backup-meta", "0", "--metrics", "127.0.0.1:0"),
+    ]
+    with mounting.mounted(command, point, volume.environment, directory / f"{name}.log") as pid:
+        yield point, pid
+
+
+def warm_up(volume: Volume, *paths: Path) -> None:
+    """Have the cache of a mount hold everything below `paths`."""
+    _run([volume.program, "warmup", *map(str, paths)], volume.environment)
+
+
 @contextlib.contextmanager
 def mount(
     origin: Origin, bucket: str, directory: Path, files: Sequence[str], size_bytes: int
 ) -> Iterator[tuple[list[str], int]]:
     """Yields the paths of copies of `files` in a mounted volume, all cached, and the mount's process id."""
-    program = find()
-    directory.mkdir()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    environment |= {"ACCESS_KEY": origin.access_key, "SECRET_KEY": origin.secret_key, "HOME": str(directory)}
-    metadata = f"sqlite3://{directory / 'meta.db'}"
-    place = ["--storage", "s3", "--bucket", f"{origin.endpoint_url}/{bucket}"]
-    _run([program, "format", metadata, "bench", *place, "--trash-days", "0"], environment)
-    point = directory / "mount"
-    command = [
-        *(program, "mount", metadata, str(point), "--cache-dir", str(directory / "cache"), "--no-syslog"),
-        *("--cache-size", f"{2 * size_bytes // 2**20 + 1024}M", "--free-space-ratio", "0.01", "--buffer-size", "1024M"),
-        *("--max-fuse-io", "1M", "--prefetch", "3", "--verify-cache-checksum", "none"),
-        *("--open-cache", "3600s", "--attr-cache", "3600s", "--entry-cache", "3600s"),
-        *("--no-usage-report", "--no-bgjob", "--backup-meta", "0", "--metrics", "127.0.0.1:0"),
-    ]
-    with mounting.mounted(command, point, environment, directory / "mount.log") as pid:
+    volume = make(origin, bucket, directory)
+    with serve(volume, "mount", 2 * size_bytes + (1 << 30)) as (point, pid):
         copies = [str(point / f"part-{number:04}.arrow") for number in range(len(files))]
         for source, copy in zip(files, copies, strict=True):
             shutil.copyfile(source, copy)
-        _run([program, "warmup", str(point)], environment)
+        warm_up(volume, point)
         yield copies, pid
 
 

@@ -27,8 +27,8 @@ def version() -> str:
 
 
 @contextlib.contextmanager
-def mount(origin: Origin, prefix: str, directory: Path, keys: Sequence[str]) -> Iterator[tuple[list[str], int]]:
-    """Yields the paths of the objects ``{prefix}/{key}``, and the mount's process id."""
+def serve(origin: Origin, prefix: str, directory: Path) -> Iterator[tuple[Path, int]]:
+    """Yields where the objects below `prefix` are mounted, with an empty cache, and the mount's process id."""
     program = mounting.require("rclone")
     directory.mkdir()
     point = directory / "mount"
@@ -49,4 +49,11 @@ def mount(origin: Origin, prefix: str, directory: Path, keys: Sequence[str]) -> 
         *("--attr-timeout", "1h", "--dir-cache-time", "24h"),
     ]
     with mounting.mounted(command, point, environment, directory / "mount.log") as pid:
+        yield point, pid
+
+
+@contextlib.contextmanager
+def mount(origin: Origin, prefix: str, directory: Path, keys: Sequence[str]) -> Iterator[tuple[list[str], int]]:
+    """Yields the paths of the objects ``{prefix}/{key}``, and the mount's process id."""
+    with serve(origin, prefix, directory) as (point, pid):
         yield [str(point / key) for key in keys], pid

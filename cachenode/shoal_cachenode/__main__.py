@@ -69,6 +69,12 @@ Every flag is also an environment variable: SHOAL_CACHENODE_DATA_DIR, SHOAL_CACH
     help="Bytes a second to take over from peers after a map change; 0: none.",
 )
 @click.option(
+    "--recent",
+    default="256MiB",
+    metavar="SIZE",
+    help="Memory for what passed through a moment ago, so that several readers cost the origin one read; 0: none.",
+)
+@click.option(
     "--stall-after",
     default=5.0,
     type=click.FloatRange(0.1),
@@ -94,6 +100,7 @@ def main(
     unread_share: float,
     scrub_rate: str,
     rebalance_rate: str,
+    recent: str,
     stall_after: float,
     congestion: str,
     senders: int,
@@ -116,6 +123,7 @@ def main(
             unread_share=unread_share,
             scrub_rate=sizes.parse(scrub_rate),
             rebalance_rate=sizes.parse(rebalance_rate),
+            recent_bytes=sizes.parse(recent),
             stall_s=stall_after,
             origin_bytes_per_s=sizes.parse(origin_rate) if origin_rate is not None else 0,
         )

@@ -102,7 +102,8 @@ class DataPlane:
     async def _read(self, request: Request, spec: ShardSpec) -> Response:
         wanted = ByteRange.parse(request.headers.get("range"), spec.size_bytes)
         length = wanted.end - wanted.start
-        if request.method == "HEAD":
+        if request.method == "HEAD":  # whose sender reads what no node sees
+            self.node.usage.used(spec.dataset.record.name)
             return Response(wanted.status, {"Content-Type": BINARY, **wanted.headers(spec.size_bytes)}, length=length)
         if "shoal-suspect" in request.headers:
             await self.node.check(spec.key)
@@ -224,9 +225,13 @@ class DataPlane:
         return file
 
     async def _source_past(self, spec: ShardSpec, *, is_kept: bool = True) -> Source:
-        """Where a fill would read, for bytes that go past this node's drive."""
+        """Where a fill would read, for bytes that go past this node's drive.
+
+        What is to be kept and cannot be is kept for a moment, for others who want the same.
+        """
         order = self.node.order(spec)
-        return await asyncio.to_thread(partial(self.node.source, spec, order, waits=True, is_kept=is_kept))
+        source = await asyncio.to_thread(partial(self.node.source, spec, order, waits=True, is_kept=is_kept))
+        return self.node.recent.source(spec.key, source) if is_kept else source
 
     async def _passed(self, spec: ShardSpec, wanted: ByteRange, asker: Asker) -> tuple[str, Body]:
         """As `unsealed`, past this node's drive."""

@@ -71,6 +71,11 @@ class NodeCollector(Collector):
             counters.relayed_bytes.value,
         )
         yield CounterMetricFamily(
+            "shoal_node_recent_bytes",
+            "Bytes that passed through and came from what another reader had just had, not from their source.",
+            node.recent.given.value,
+        )
+        yield CounterMetricFamily(
             "shoal_node_referrals",
             "Reads of shards on their way here for which the reader was told who holds them.",
             counters.referrals.value,
@@ -113,6 +118,7 @@ class NodeCollector(Collector):
                 node.usage.unread_bytes,
             ),
             "shoal_node_disk_operations": ("Operations on the drive under way.", node.store.operations.count),
+            "shoal_node_recent_held_bytes": ("Bytes of what passed through a moment ago.", node.recent.held_bytes),
             "shoal_node_fills": ("Shards that are filling.", node.fills.count),
             "shoal_node_fetches": ("Part fetches in flight.", node.fills.fetches_in_flight),
             "shoal_node_fetches_waiting": ("Parts that wait to be fetched.", node.fills.fetches_waiting),

@@ -33,6 +33,7 @@ from shoal_cachenode.origin_budget import OriginBudget, Rate
 from shoal_cachenode.pace import Pace
 from shoal_cachenode.passing import Passing
 from shoal_cachenode.rebalance import Rebalance
+from shoal_cachenode.recent import RECENT_BYTES, Recent
 from shoal_cachenode.retention import Step
 from shoal_cachenode.room import Room
 from shoal_cachenode.scheduler import DiskFailed, Urgency
@@ -66,6 +67,7 @@ class Config:
         unread_share: of the capacity: so much that was prefetched and not read yet may have taken idle datasets' room.
         scrub_rate: bytes a second that the scrubber reads; 0: none.
         rebalance_rate: bytes a second that are moved here from peers because this node owns them now; 0: none.
+        recent_bytes: of what passed through a moment ago, held in memory for others who want it; 0: none.
         stall_s: an operation on the drive that takes longer hangs.
         retry_s: from one trial of a failed drive to the next.
     """
@@ -80,6 +82,7 @@ class Config:
     unread_share: float = 0.5
     scrub_rate: int = 16 << 20
     rebalance_rate: int = 200 << 20
+    recent_bytes: int = RECENT_BYTES
     stall_s: float = 5.0
     retry_s: float = 5.0
 
@@ -151,6 +154,7 @@ class CacheNode:
         self._counting: dict[str, asyncio.Task[Holdings]] = {}  # by snapshot
         self._on_knowledge: list[Callable[[], None]] = []
         self.passing = Passing(config.part_size)
+        self.recent = Recent(config.recent_bytes)
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="io"))
         self._scrubber = Scrubber(self)
         self.whereabouts = Whereabouts(self)
@@ -465,6 +469,7 @@ class CacheNode:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(HOUSEKEEPING_INTERVAL_S)
+            self.recent.expire()
             try:
                 await self.room.drop_abandoned()
             except ShoalError as error:

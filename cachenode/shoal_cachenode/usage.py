@@ -4,8 +4,9 @@ Kept over restarts in `usage.json` and `unread` (16 bytes a shard): written at m
 when the node stops. After a crash the last minute is forgotten, which at worst makes a dataset idle a minute early.
 
 The rule: a use is any request for a dataset's bytes that reached this node, whether it was answered from the drive,
-with a descriptor or through, and any shard that a prefetch asked for. A process that reads through maps sends none; so
-it asks anew for a shard that it mapped `shoal.maps.RENEW_S` ago.
+with a descriptor or through, any shard that a prefetch asked for, and a HEAD of a shard. A process that reads through
+maps sends no request; so it asks anew for a shard that it mapped `shoal.maps.RENEW_S` ago. What serves a mount, for
+which the kernel reads, sends a HEAD as often.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from shoal.errors import (
     Overloaded,
     ShardCorrupt,
     ShoalError,
+    SnapshotNotFound,
     StoreUnusable,
     Unavailable,
 )
@@ -331,6 +332,11 @@ class Cluster:
                     return address
                 except (Unavailable, Overloaded) as error:
                     failure = error
+                except NotFound as error:  # without a sentence: an answer to HEAD has none
+                    raise SnapshotNotFound(
+                        f"snapshot {digest} is served no more, its dataset was removed or has newer ones: open the "
+                        "dataset again, or mount it again"
+                    ) from error
         raise ClusterUnavailable(f"nobody gives snapshot {digest}: {failure}") from failure
 
     def placement(self, snapshot: Snapshot, replicas: int) -> Placement:

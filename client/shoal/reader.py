@@ -16,6 +16,7 @@ import functools
 import itertools
 import logging
 import os
+import random
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -103,11 +104,14 @@ class ObjectReader:
         self._shard_size = snapshot.shard_size
         self._first_shard = snapshot.first_shard(row)
 
-    def read_buffer(self, start: int, end: int) -> pa.Buffer:
+    def read_buffer(self, start: int, end: int, until: float | None = None) -> pa.Buffer:
         """Bytes [start, end), cut at the object's end, as an Arrow buffer.
 
         Where they lie in one shard of the local node, the buffer is a view of the map: no copy. Else it is a new one.
         Either way it stays valid for as long as it is held.
+
+        Args:
+            until: `time.monotonic` at which the caller's time is over, where that is not `timeout_s` from now.
 
         Raises:
             ShoalError: see `shoal.errors`.
@@ -115,9 +119,9 @@ class ObjectReader:
         start, end = self._clip(start, end)
         pieces = self.pieces(start, end)
         if len(pieces) == 1:
-            return self._read_piece(pieces[0])
+            return self._read_piece(pieces[0], until)
         buffer = memory.allocate(end - start)
-        self._gather(pieces, memory.view(buffer), time.monotonic() + self.timeout_s)
+        self._gather(pieces, memory.view(buffer), time.monotonic() + self.timeout_s if until is None else until)
         return buffer
 
     def buffers(self) -> list[pa.Buffer]:
@@ -180,11 +184,18 @@ class ObjectReader:
             ClusterUnavailable: no node may own the shard.
         """
         local = self._cluster.local
+        return local.descriptor(self.shard(0)) if local is not None and self.is_for_local_node() else None
+
+    def is_for_local_node(self) -> bool:
+        """Whether the object is just one shard, which the node on this machine owns: it has its file, or may have it.
+
+        Raises:
+            ClusterUnavailable: no node may own the shard.
+        """
+        local = self._cluster.local
         if local is None or not 0 < self.size_bytes <= self._shard_size:
-            return None
-        if all(node.id != local.node_id for node in self.owners(0)):
-            return None
-        return local.descriptor(self.shard(0))
+            return False
+        return any(node.id == local.node_id for node in self.owners(0))
 
     def is_cached(self, index: int) -> bool:
         """Whether an owner of shard `index` has it sealed: asks them. One that does not answer has nothing."""
@@ -201,6 +212,30 @@ class ObjectReader:
             except ShoalError as error:
                 log.debug("node %s gives no byte of %s from its cache: %s", node.id, shard, error)
         return False
+
+    def tell_of_use(self, told: set[str]) -> int:
+        """Tell the owners of one of the object's shards that its dataset is in use; returns how many heard it.
+
+        For a process whose reads reach no node. One that does not answer is passed over.
+
+        Args:
+            told: ids of nodes that need not be told. Those that are asked here come to it.
+
+        Raises:
+            ClusterUnavailable: no node may own the shard.
+        """
+        index = random.randrange(shards.shard_count(self.size_bytes, self._shard_size)) if self.size_bytes else 0
+        shard, heard = self.shard(index), 0
+        for node in self.owners(index):
+            if node.id in told:
+                continue
+            told.add(node.id)
+            try:
+                self._cluster.transport.get(self._cluster.address_of(node), shard.target, method="HEAD", is_hasty=True)
+                heard += 1
+            except ShoalError as error:
+                log.debug("node %s does not hear that %s is in use: %s", node.id, shard, error)
+        return heard
 
     def first_owner(self, index: int, failed: Collection[str] = ()) -> Node:
         """The node that a shard is asked of first, unless another owner is nearer.

@@ -16,6 +16,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import click
 
+from shoal.cli.output import SizeType
 from shoal.errors import InvalidRequest, ShoalError
 from shoal_csi.driver import Config, Driver, socket_path
 from shoal_csi.identity import DRIVER_NAME
@@ -68,6 +69,13 @@ Every flag is also an environment variable: SHOAL_CSI_ENDPOINT, SHOAL_CSI_NODE_I
     metavar="SECONDS",
     help="Between two looks at all mounts, for those that lost their server or their last pod.",
 )
+@click.option(
+    "--local-tier",
+    type=Path,
+    metavar="DIR",
+    help="Keep objects that other nodes have here, for all mounts: a directory of a drive.  [default: nowhere]",
+)
+@click.option("--local-tier-size", type=SizeType(), metavar="SIZE", help="What DIR may hold, such as 100GiB.")
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 @click.version_option(package_name="shoal")
 def main(
@@ -80,6 +88,8 @@ def main(
     mount_command: str,
     probe_timeout: float,
     look_after_every: float,
+    local_tier: Path | None,
+    local_tier_size: int | None,
     log_level: str,
 ) -> None:
     """Show datasets to pods as read-only volumes. What is mounted goes on while the driver is away."""
@@ -90,6 +100,8 @@ def main(
     try:
         if has_node and not node_id:
             raise InvalidRequest("the node has no name: give --node-id (on Kubernetes the pod's spec.nodeName)")
+        if (local_tier is None) != (local_tier_size is None):
+            raise InvalidRequest("--local-tier and --local-tier-size go together: give both, or neither")
         config = Config(
             socket=socket_path(endpoint),
             node_id=node_id,
@@ -100,6 +112,8 @@ def main(
             has_node=has_node,
             probe_timeout_s=probe_timeout,
             look_after_every_s=look_after_every,
+            local_tier=None if local_tier is None else local_tier.resolve(),
+            local_tier_size=local_tier_size or 0,
         )
         _serve(config)
     except ShoalError as error:

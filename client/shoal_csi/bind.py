@@ -34,7 +34,7 @@ def bind(root: str, subpath: str, target: str, flags: int) -> None:
         InvalidRequest: it is no folder.
         MountFailed: the kernel refuses.
     """
-    folder = _open_folder(root, subpath)
+    folder = _open(root, subpath, os.O_DIRECTORY)
     try:
         try:
             Path(target).mkdir(mode=0o755, exist_ok=True)
@@ -45,6 +45,24 @@ def bind(root: str, subpath: str, target: str, flags: int) -> None:
         _mount(f"/proc/self/fd/{folder}", target, _MS_BIND)
     finally:
         os.close(folder)
+    restrict(target, flags)
+
+
+def replace(root: str, subpath: str, target: str, flags: int) -> None:
+    """Show `subpath` of `root`, a folder or a file, in the place of all that is mounted at `target`.
+
+    What is there stays where there is nothing to be shown: a target without a mount is an empty folder, which a pod
+    would take for its volume.
+
+    Raises:
+        NotFound, InvalidRequest, MountFailed: as `bind`.
+    """
+    found = _open(root, subpath, 0)
+    try:
+        detach(target)
+        _mount(f"/proc/self/fd/{found}", target, _MS_BIND)
+    finally:
+        os.close(found)
     restrict(target, flags)
 
 
@@ -71,9 +89,13 @@ def detach(target: str) -> int:
     raise MountFailed(f"cannot unmount {target}: something mounts there again and again")
 
 
-def _open_folder(root: str, subpath: str) -> int:
-    """A descriptor of the folder, found without following any link: a volume shows nothing outside its dataset."""
-    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+def _open(root: str, subpath: str, kind: int) -> int:
+    """A descriptor of `subpath`, found without following any link: a volume shows nothing outside its dataset.
+
+    Args:
+        kind: `os.O_DIRECTORY`; 0 where it may as well be a file.
+    """
+    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC | kind
     try:
         folder = os.open(root, flags)
     except OSError as error:

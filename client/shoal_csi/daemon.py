@@ -19,6 +19,7 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 import click
@@ -27,9 +28,11 @@ from shoal.cli.output import SizeType
 from shoal.datasets import parse_path
 from shoal.errors import ShoalError
 from shoal.filesystem import ShoalFileSystem
+from shoal.maps import RENEW_S
 from shoal.reader import TIMEOUT_S
 from shoal_csi.server import Served, Server
 from shoal_csi.state import State
+from shoal_csi.tier import Tier
 from shoal_csi.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -47,6 +50,11 @@ STOP_GRACE_S = 5.0
 @click.option("--subpath", default="", help="The directory of the dataset that is the root.")
 @click.option("--timeout", type=float, default=TIMEOUT_S, help="Seconds that one read may take, second tries included.")
 @click.option("--window-bytes", type=SizeType(), default="64MiB", help="What may be held that was fetched ahead.")
+@click.option("--local-tier", type=Path, help="A directory in which objects are kept that other nodes have.")
+@click.option("--local-tier-size", type=SizeType(), default=0, help="What that may hold.")
+@click.option(
+    "--renew-every", type=float, default=RENEW_S, help="Seconds between two times that nodes are told of what is open."
+)
 @click.option("--verbose", is_flag=True, help="Log also what is only of use to whoever looks for a fault.")
 def main(
     fd: int,
@@ -57,6 +65,9 @@ def main(
     subpath: str,
     timeout: float,
     window_bytes: int,
+    local_tier: Path | None,
+    local_tier_size: int,
+    renew_every: float,
     verbose: bool,
 ) -> None:
     """Serve a mounted dataset until it is unmounted."""
@@ -67,13 +78,36 @@ def main(
     )
     try:
         state = State(state_fd)
+        tier = open_tier(local_tier, local_tier_size, is_first=state.pinned is None)
         fs = ShoalFileSystem(endpoint=endpoint, socket=socket, timeout=timeout, skip_instance_cache=True)
         served = serve(state, fs, dataset, subpath)
     except (ShoalError, OSError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     # What is left undone here is handed out again to a successor, and nobody waits for threads that wait for nodes.
-    os._exit(run(fd, served, state, window_bytes))
+    os._exit(run(fd, served, state, tier, window_bytes, renew_every))
+
+
+def open_tier(directory: Path | None, limit_bytes: int, *, is_first: bool) -> Tier | None:
+    """The local tier, where one is wanted.
+
+    Raises:
+        ShoalError: it cannot be used. A successor says so in its log, and serves without: a mount outlives its tier.
+    """
+    if directory is None:
+        return None
+    try:
+        return Tier(directory, limit_bytes)
+    except ShoalError as error:
+        if is_first:
+            raise
+        log.warning("nothing is kept in the local tier: %s", error)
+        return None
+
+
+def check_state(state_fd: int) -> None:
+    """Raises StoreUnusable: this daemon could not go on with what its predecessor left."""
+    State.check(state_fd)
 
 
 def serve(state: State, fs: ShoalFileSystem, dataset: str, subpath: str) -> Served:
@@ -102,7 +136,7 @@ def serve(state: State, fs: ShoalFileSystem, dataset: str, subpath: str) -> Serv
     return Served(record, snapshot, tree, lambda row: fs.object_reader(record, snapshot, row))
 
 
-def run(fd: int, served: Served, state: State, window_bytes: int) -> int:
+def run(fd: int, served: Served, state: State, tier: Tier | None, window_bytes: int, renew_s: float) -> int:
     """Serve until the file system is unmounted or SIGTERM comes; the status to end with."""
     # A descriptor and not a `threading.Event`, whose lock a signal's handler might find held by its own thread.
     over, is_wanted = os.eventfd(0, os.EFD_CLOEXEC), False
@@ -112,7 +146,10 @@ def run(fd: int, served: Served, state: State, window_bytes: int) -> int:
         is_wanted = True
         os.eventfd_write(over, 1)
 
-    server = Server(fd, served, state, on_over=lambda: os.eventfd_write(over, 1), window_bytes=window_bytes)
+    def on_over() -> None:
+        os.eventfd_write(over, 1)
+
+    server = Server(fd, served, state, on_over=on_over, tier=tier, window_bytes=window_bytes, renew_s=renew_s)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     server.start()

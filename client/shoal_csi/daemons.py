@@ -6,10 +6,13 @@ The rule: it is known by a pidfd, so that no signal ever reaches a later process
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +26,8 @@ class DaemonProcess:
     Attributes:
         known: as others find it.
         pidfd: readable when it has ended.
-        ready_fd: readable when it says something.
+        ready_fd: readable when it says something. Its other end is open for as long as the process lives, whatever
+            that does with its stdout: by this its end is known where its pid is not.
         is_loaded, is_ready: it has said so.
     """
 
@@ -37,8 +41,17 @@ class DaemonProcess:
         self._heard = b""
 
     @classmethod
-    def spawn(cls, module: str, args: Sequence[str], fuse_fd: int, state_fd: int, oom_score_adj: str) -> DaemonProcess:
-        """Start one that loads, and waits for `go`. Raises OSError: no memory, no processes."""
+    def spawn(
+        cls, module: str, args: Sequence[str], fuse_fd: int, state_fd: int, oom_score_adj: str | None
+    ) -> DaemonProcess:
+        """Start one that loads, and waits for `go`.
+
+        Args:
+            oom_score_adj: its own; None: this process's.
+
+        Raises:
+            OSError: no memory, no processes.
+        """
         ready_fd, says_fd = os.pipe2(os.O_CLOEXEC)
         waits_fd, go_fd = os.pipe2(os.O_CLOEXEC)
         own = ["--fd", str(fuse_fd), "--state-fd", str(state_fd)]
@@ -47,9 +60,11 @@ class DaemonProcess:
                 [sys.executable, "-m", "shoal_csi.spare", module, *own, *args],
                 stdin=waits_fd,
                 stdout=says_fd,
-                # Its own end of the pipe, too: without a supervisor it must not fail at saying that it is ready.
-                pass_fds=(fuse_fd, state_fd, ready_fd),
-                process_group=0,  # Ctrl-C is for the supervisor
+                # Both ends of the pipe: without a supervisor it must not fail at saying that it is ready.
+                pass_fds=(fuse_fd, state_fd, ready_fd, says_fd),
+                # Ctrl-C is for the supervisor. A process group of its own would be enough for that, but in a session of
+                # ours the kernel hangs up (SIGHUP) one that is stopped when we end, and the mount would end with us.
+                start_new_session=True,
             )
         except OSError:
             os.close(ready_fd)
@@ -58,15 +73,20 @@ class DaemonProcess:
         finally:
             os.close(says_fd)
             os.close(waits_fd)
-        with contextlib.suppress(OSError):  # it inherits the supervisor's
-            Path(f"/proc/{process.pid}/oom_score_adj").write_text(oom_score_adj)
+        if oom_score_adj is not None:
+            with contextlib.suppress(OSError):  # it inherits the supervisor's
+                Path(f"/proc/{process.pid}/oom_score_adj").write_text(oom_score_adj)
         known = Daemon(process.pid, rundir.started(process.pid), fuse_fd, state_fd, ready_fd)
         return cls(known, ready_fd, process, go_fd)
 
     @classmethod
     def adopted(cls, known: Daemon, ready_fd: int) -> DaemonProcess:
         """One that another supervisor started. Raises OSError: it has ended."""
-        return cls(known, ready_fd, None, -1)
+        daemon = cls(known, ready_fd, None, -1)
+        if not known.is_running:  # looked at once the pidfd is there: it is of this process or of a later one
+            os.close(daemon.pidfd)
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        return daemon
 
     def go(self) -> bool:
         """Let it serve; whether it still lives to do so."""
@@ -88,6 +108,28 @@ class DaemonProcess:
         self.is_loaded |= spare.LOADED.encode() in lines
         self.is_ready |= any(line.startswith(b"ready") for line in lines)
         return bool(heard)
+
+    def wait_until_loaded(self, within_s: float) -> bool:
+        """Whether it came to wait for its turn; else it has ended, or takes too long."""
+        deadline = time.monotonic() + within_s
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        poll.register(self.ready_fd, select.POLLIN)
+        while not self.is_loaded:
+            ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+            if not ready or self.pidfd in ready:
+                return False
+            self.hear()
+        return True
+
+    def finish(self, within_s: float) -> None:
+        """Have it finish what is under way, and wait for its end; kill it where that takes too long."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        self.signal(signal.SIGTERM)
+        if not poll.poll(within_s * 1000):
+            self.signal(signal.SIGKILL)
+            poll.poll()
 
     def bury(self) -> int | None:
         """Wait for the end, and close what there was. The status, negative for a signal; None: another's to know."""

@@ -18,7 +18,6 @@ from pathlib import Path
 import grpc
 
 from shoal.errors import InvalidRequest, StoreUnusable
-from shoal_csi.answering import Prober
 from shoal_csi.catalog import Catalog
 from shoal_csi.controller import Controller
 from shoal_csi.csi_pb2_grpc import (
@@ -31,6 +30,7 @@ from shoal_csi.keeper import Keeper
 from shoal_csi.locks import Locks
 from shoal_csi.mounting import CommandMounts
 from shoal_csi.node import Node
+from shoal_csi.probing import Prober
 from shoal_csi.refusals import Seam
 from shoal_csi.shared import SharedMounts
 
@@ -54,6 +54,7 @@ class Config:
         command: the words before ``mount`` and ``umount``.
         probe_timeout_s: a mount that is silent for longer does not answer.
         look_after_every_s: between two looks at all mounts.
+        local_tier, local_tier_size: what each mount is given as such; None: nothing.
     """
 
     socket: Path
@@ -65,6 +66,8 @@ class Config:
     has_node: bool
     probe_timeout_s: float
     look_after_every_s: float
+    local_tier: Path | None
+    local_tier_size: int
 
 
 class Driver:
@@ -108,7 +111,10 @@ class Driver:
                 f"cannot use {config.state_dir} ({error.strerror}): name another folder with --state-dir"
             ) from error
         prober = Prober(config.probe_timeout_s)
-        mounts = CommandMounts(config.command, config.shoal_endpoint, prober)
+        tier: list[str] = []
+        if config.local_tier is not None:
+            tier = ["--local-tier", str(config.local_tier), "--local-tier-size", str(config.local_tier_size)]
+        mounts = CommandMounts(config.command, config.shoal_endpoint, prober, tier)
         shared = SharedMounts(folder.resolve(), mounts, locks, prober)
         self._keeper = Keeper(shared, locks, every_s=config.look_after_every_s)
         self._keeper.start()

@@ -34,5 +34,9 @@ def sentence(path: str, dataset: str, error: ShoalError) -> str:
     """The line for the log."""
     told, remedy = errno.errorcode[errno_of(error)], ""
     if isinstance(error, OriginChanged):
-        remedy = f"; then unmount and mount again for the new snapshot of {dataset}"
+        remedy = f"; of a mount that is 'shoal dataset refresh {dataset}', then unmount and mount again"
+    elif isinstance(error, NotFound):
+        remedy = "; a mount of it is unmounted, and mounted again where the dataset is there again"
+    elif isinstance(error, DeadlineExceeded):
+        remedy = "; a mount's timeout is 'shoal mount --timeout'"
     return f"{path!r} of dataset {dataset} cannot be read, its reader gets {told}: {error}{remedy}"

@@ -1,35 +1,37 @@
 """How a supervisor comes by the descriptors of a mount that another one holds, or held.
 
-    a supervisor that lives     is asked at its socket; it sends them (SCM_RIGHTS), and ends without touching anything
+    a supervisor that lives     is asked at its socket; it sends them (SCM_RIGHTS), and ends without touching anything.
+                                Where its pids are not ours, because it is in another container, we could neither see
+                                nor end its daemon: it is asked to have that finish first
     one that is dead            left them in its daemon, which serves on; they are taken from there (pidfd_getfd(2),
                                 Linux 5.6, CAP_SYS_PTRACE), and the daemon does not notice
+    both are dead               the descriptor store has them, if there is one (`shoal_csi.deposits`)
 
-With neither left the last descriptor is closed, and with it the kernel has ended the connection.
+With none of these left the last descriptor is closed, and with it the kernel has ended the connection.
 
 The rule: whoever hands over goes on until the other side said that it has everything.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
 import socket
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.errors import ShoalError
+from shoal_csi import sockets
 from shoal_csi.rundir import Daemon, Record
 
-#: Of a side that is there, for one message.
-ANSWER_S = 5.0
+#: Of a side that is there, for one message; and of one that has its daemon finish.
+ANSWER_S, FINISH_S = 5.0, 70.0
 #: The same number on every architecture that Linux numbers its newer calls alike on, which is all that Python knows.
 _SYS_PIDFD_GETFD = 438
 _MAX_MESSAGE = 64 << 10
-_TAKEN = b"taken"
+_TAKEN, _FINISH, _FINISHED = b"taken", b"finish", b"finished"
 
 _library = ctypes.CDLL(None, use_errno=True)
 
@@ -41,6 +43,11 @@ class Held:
     fuse_fd: int
     state_fd: int
     ready_fd: int | None
+
+    def close(self) -> None:
+        for fd in (self.fuse_fd, self.state_fd, self.ready_fd):
+            if fd is not None:
+                os.close(fd)
 
 
 def from_daemon(daemon: Daemon) -> Held:
@@ -70,8 +77,11 @@ def from_daemon(daemon: Daemon) -> Held:
         os.close(process)
 
 
-def ask(directory: Path) -> tuple[Record, Held]:
+def ask(directory: Path, *, is_look: bool = False) -> tuple[Record, Held]:
     """Have the supervisor of a mount point's directory hand over; it ends then.
+
+    Args:
+        is_look: duplicates are all that is wanted: it goes on.
 
     Raises:
         ShoalError: it does not answer, or is not in a state to.
@@ -79,36 +89,48 @@ def ask(directory: Path) -> tuple[Record, Held]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(ANSWER_S)
         try:
-            with short_name(directory) as name:
+            with sockets.short_name(directory / "socket") as name:
                 sock.connect(name)
             text, fds, _, _ = socket.recv_fds(sock, _MAX_MESSAGE, 3, socket.MSG_CMSG_CLOEXEC)
             if not fds:
                 raise ShoalError(f"the supervisor does not hand over now: {text.decode() or 'it is ending'}; try again")
+            record, held = Record.from_json(text), Held(fds[0], fds[1], fds[2] if len(fds) > 2 else None)
+            if is_look:
+                return record, held
+            if not record.is_of_here and held.ready_fd is not None:
+                record, held = _finished(sock, record, held)
             sock.send(_TAKEN)
             sock.recv(1)  # its end: the lock is free
         except OSError as error:
             raise ShoalError(f"the supervisor does not hand over: {error.strerror or error}") from error
-    return Record.from_json(text), Held(fds[0], fds[1], fds[2] if len(fds) > 2 else None)
+        except ValueError as error:
+            raise ShoalError(f"the supervisor is of a version that cannot be taken over from: {error}") from error
+    return record, held
+
+
+def _finished(sock: socket.socket, record: Record, held: Held) -> tuple[Record, Held]:
+    """What is there once the daemon has ended. Raises OSError."""
+    sock.settimeout(FINISH_S)
+    sock.send(_FINISH)
+    if sock.recv(len(_FINISHED)) != _FINISHED:
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+    assert held.ready_fd is not None
+    os.close(held.ready_fd)
+    return replace(record, daemon=None), replace(held, ready_fd=None)
 
 
 def listen(directory: Path) -> socket.socket:
-    """A socket at which `ask` finds this process.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-    (directory / "socket").unlink(missing_ok=True)
-    with short_name(directory) as name:
-        sock.bind(name)
-    sock.listen(1)
-    return sock
+    """A socket at which `ask` finds this process. Raises OSError: it cannot be made."""
+    return sockets.listen(directory / "socket", 1)
 
 
-def give(listener: socket.socket, record: Record, held: Held, *, refusal: str) -> socket.socket | None:
+def give(
+    listener: socket.socket, record: Record, held: Held, finish: Callable[[], None], *, refusal: str
+) -> socket.socket | None:
     """Answer one successor. Returns the connection where it has everything: its end tells the successor of ours.
 
     Args:
+        finish: ends the daemon, and returns when it has ended.
         refusal: why not now; "" to hand over.
     """
     try:
@@ -117,27 +139,21 @@ def give(listener: socket.socket, record: Record, held: Held, *, refusal: str) -
         return None
     sock.settimeout(ANSWER_S)
     try:
-        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid not in (0, os.geteuid()):
+        if not sockets.may_ask(sock):
             refusal = "it is another user's"
         if refusal:
             sock.send(refusal.encode())
         else:
             fds = [held.fuse_fd, held.state_fd, *([] if held.ready_fd is None else [held.ready_fd])]
             socket.send_fds(sock, [record.to_json().encode()], fds)
-            if sock.recv(len(_TAKEN)) == _TAKEN:
+            said = sock.recv(len(_FINISH))
+            if said == _FINISH:
+                finish()
+                sock.send(_FINISHED)
+                said = sock.recv(len(_TAKEN))
+            if said == _TAKEN:
                 return sock
     except OSError:
         pass  # a successor that goes away takes nothing over
     sock.close()
     return None
-
-
-@contextlib.contextmanager
-def short_name(directory: Path) -> Iterator[str]:
-    """The name of the socket in `directory`, however long that is: a socket's name has at most 107 bytes (unix(7))."""
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/socket"
-    finally:
-        os.close(fd)

@@ -14,7 +14,7 @@ from pathlib import Path
 from shoal.errors import ShoalError
 from shoal_csi import rundir
 
-#: A log that grows beyond this begins anew, and what it had lies beside it. It may be on a file system in memory.
+#: A log of ours that grows beyond this begins anew; what it had lies beside it. It may be on a file system in memory.
 MOST_BYTES = 4 << 20
 _TAIL_BYTES = 64 << 10
 
@@ -28,6 +28,7 @@ class Journal:
 
     def __init__(self) -> None:
         self._errors_fd = 2  # where whoever started this process reads why it failed
+        self._is_ours = False  # else whoever redirected stderr to a file keeps that in bounds
         self.path = _path()
 
     def to_file(self, mountpoint: str) -> None:
@@ -38,14 +39,14 @@ class Journal:
         """
         path = rundir.log_of(mountpoint)
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)  # the local node's socket is there, too, for everybody
             log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ShoalError(f"the log {path} cannot be written: {error.strerror}; set SHOAL_RUN_DIR") from error
         self._errors_fd = os.dup(2)
         os.dup2(log, 2)
         os.close(log)
-        self.path = _path()
+        self.path, self._is_ours = _path(), True
 
     def let_go(self) -> None:
         """Whoever started this process has heard all there is."""
@@ -74,8 +75,9 @@ class Journal:
         if not self.path:
             return ""
         try:
+            size = self.size()
             with Path(self.path).open("rb") as log:
-                log.seek(max(start, self.size() - _TAIL_BYTES))
+                log.seek(max(start if start <= size else 0, size - _TAIL_BYTES))  # it may have begun anew meanwhile
                 text = log.read().decode("utf-8", "replace")
         except OSError:
             return ""
@@ -85,10 +87,14 @@ class Journal:
 
     def shorten(self) -> None:
         """Begin anew where the log has grown too long."""
-        if self.size() > MOST_BYTES:
-            with contextlib.suppress(OSError):
-                Path(self.path + ".1").write_bytes(Path(self.path).read_bytes()[-MOST_BYTES:])
-                os.truncate(self.path, 0)  # all who write to it append
+        size = self.size()
+        if self._is_ours and size > MOST_BYTES:
+            with contextlib.suppress(OSError), Path(self.path).open("rb") as log:
+                log.seek(size - MOST_BYTES)
+                aside = os.open(f"{self.path}.1", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                with os.fdopen(aside, "wb") as before:
+                    before.write(log.read(MOST_BYTES))
+            os.ftruncate(2, 0)  # all who write to it append
 
     @property
     def _own(self) -> str:

@@ -5,6 +5,8 @@
     lost its server, used         mounted anew, and bound again for each pod
     lost its server, unused       detached
     does not answer               left alone: its server is being replaced, or a person looks at it
+    kept by the descriptor store  served again, before anything else
+    served by another container   taken over, in the first round alone: the older of two containers takes nothing back
 
 A pod whose volume was bound again sees it in its containers that start from then on; those that run see it too where
 they mount the volume with ``mountPropagation: HostToContainer``.
@@ -17,12 +19,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 from shoal.errors import ShoalError
 from shoal_csi import bind, capability
-from shoal_csi.answering import State
 from shoal_csi.locks import Locks
 from shoal_csi.mount_table import Mount, MountTable
+from shoal_csi.probing import State
 from shoal_csi.refusals import Busy
 from shoal_csi.shared import SharedMount, SharedMounts
 from shoal_csi.targets import target_lock
@@ -62,6 +65,7 @@ class Keeper:
             self._is_first_round = False
 
     def _look_at_all(self) -> None:
+        self._supervise(self._shared.revive)  # at once: it keeps its readers waiting, and would keep us
         are_well = True
         for name in self._shared.names():
             try:
@@ -79,19 +83,25 @@ class Keeper:
                 are_well = False
                 self._say(logging.ERROR, name, f"{name} cannot be looked after, trying again: {error!r}")
         if are_well:  # what is dead would be taken away by this, and its volumes with it
-            self._recover()
+            self._supervise(self._shared.recover)
+        if self._is_first_round:
+            self._supervise(self._shared.take_over)
 
-    def _recover(self) -> None:
+    def _supervise(self, act: Callable[[], list[str]]) -> None:
         try:
-            for sentence in self._shared.recover():
+            for sentence in act():
                 log.warning("%s", sentence)
         except (ShoalError, OSError) as error:
             self._say(logging.ERROR, "supervisors", f"supervisors cannot be looked after, trying again: {error}")
 
     def _rounds(self) -> None:
-        self.round()
-        while not self._stopping.wait(self._every_s):
-            self.round()
+        while True:
+            try:
+                self.round()
+            except Exception:  # what went wrong in one round may be well in the next
+                log.exception("the mounts cannot be looked after, trying again")
+            if self._stopping.wait(self._every_s):
+                return
 
     def _look_after(self, shared: SharedMount) -> bool:
         """Whether no volume has lost its mount, now."""
@@ -126,8 +136,7 @@ class Keeper:
                 seen = MountTable.now().at(target)
                 if seen is None or seen.device != user.device:
                     return False  # unpublished meanwhile
-                bind.detach(target)
-                bind.bind(fresh.mountpoint, user.root.strip("/"), target, capability.flags_of(user.options))
+                bind.replace(fresh.mountpoint, user.root.strip("/"), target, capability.flags_of(user.options))
                 return True
         except ShoalError as error:
             log.error("%s could not be bound again: %s", target, error)

@@ -15,11 +15,10 @@ import ctypes
 import errno
 import fcntl
 import os
-import re
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from shoal_csi.mount_table import MountTable
 
 DEVICE = "/dev/fuse"
 FS_TYPE = "fuse.shoal"
@@ -37,28 +36,7 @@ _NOTIFY_RESEND = 7
 _BACKING_MAP = struct.Struct("<iIQ")
 _OUT_HEADER = struct.Struct("<IiQ")
 
-_MOUNTINFO = Path("/proc/self/mountinfo")
-_ESCAPED = re.compile(r"\\([0-7]{3})")
-
 _library = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """One line of /proc/self/mountinfo (proc(5)).
-
-    Attributes:
-        device: ``major:minor``; of a FUSE mount the minor number names its connection.
-        root: the directory of the file system that is mounted; "/" unless it is a bind mount of another.
-        source: what mount(2) was given as such.
-    """
-
-    mount_id: int
-    device: str
-    root: str
-    mountpoint: str
-    fs_type: str
-    source: str
 
 
 def open_device() -> int:
@@ -74,7 +52,7 @@ def mount(fd: int, mountpoint: str, source: str, *, allow_other: bool = True, ma
     """Mount the connection behind `fd`, read-only. It answers once somebody serves `fd`.
 
     Args:
-        source: what `mounts` and ``findmnt`` show as the source, such as ``shoal:NAME@SNAPSHOT``.
+        source: what `mount_table` and ``findmnt`` show as the source, such as ``shoal:NAME@SNAPSHOT``.
         allow_other: users other than the one who mounts may read.
         max_read: bytes of the largest READ.
 
@@ -91,7 +69,7 @@ def mount(fd: int, mountpoint: str, source: str, *, allow_other: bool = True, ma
         ),
         mountpoint,
     )
-    made = find(path)
+    made = MountTable.now().at(path)
     if made is not None:
         # A faster first read, and no more: in a container /sys may be read-only.
         with contextlib.suppress(OSError):
@@ -103,46 +81,14 @@ def unmount(mountpoint: str, *, lazy: bool, force: bool = False) -> None:
 
     Args:
         lazy: also where files in it are open: they stay readable while the server lives.
-        force: end the connection first: requests that wait for an answer fail, and so does what is open.
+        force: end the connection first, for one that nobody will serve any more: requests that wait for an answer get
+            ECONNABORTED (whoever waits cannot even be killed before), and so does what is open, also after EBUSY.
 
     Raises:
         OSError: EBUSY: files in it are open; EINVAL: nothing is mounted there.
     """
     flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0) | (_MNT_FORCE if force else 0)
     _check(_library.umount2(os.fsencode(mountpoint), flags), mountpoint)
-
-
-def abort(mountpoint: str) -> None:
-    """End the connection of a mount for good: whoever waits gets ECONNABORTED. Unmounts it, too, where it is not busy.
-
-    For one that nobody will serve any more, because its readers cannot even be killed while they wait.
-
-    Raises:
-        OSError: EBUSY: it is ended, and still mounted; EINVAL: nothing is mounted there.
-    """
-    _check(_library.umount2(os.fsencode(mountpoint), _UMOUNT_NOFOLLOW | _MNT_FORCE), mountpoint)
-
-
-def mounts(fs_type: str = FS_TYPE) -> Iterator[Mount]:
-    """The mounts of one type that this process sees, the oldest first."""
-    return (each for each in parse_mounts(_MOUNTINFO.read_text("utf-8", "surrogateescape")) if each.fs_type == fs_type)
-
-
-def find(mountpoint: str) -> Mount | None:
-    """What is mounted last at `mountpoint`, an absolute path without links; None where nothing is."""
-    every = parse_mounts(_MOUNTINFO.read_text("utf-8", "surrogateescape"))
-    return next((each for each in reversed(list(every)) if each.mountpoint == mountpoint), None)
-
-
-def parse_mounts(text: str) -> Iterator[Mount]:
-    """The lines of a mountinfo file. Pure."""
-    for line in text.splitlines():
-        before, _, after = line.partition(" - ")
-        mount_id, _, device, root, mountpoint, *_ = before.split(" ")
-        fs_type, source, *_ = after.split(" ")
-        yield Mount(
-            int(mount_id), device, _unescape(root), _unescape(mountpoint), _unescape(fs_type), _unescape(source)
-        )
 
 
 def backing_open(fd: int, file_fd: int) -> int:
@@ -175,10 +121,6 @@ def resend(fd: int) -> None:
         OSError: EINVAL: before Linux 6.9.
     """
     os.write(fd, _OUT_HEADER.pack(_OUT_HEADER.size, _NOTIFY_RESEND, 0))
-
-
-def _unescape(field: str) -> str:
-    return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), field)
 
 
 def _check(result: int, path: str) -> None:

@@ -1,7 +1,7 @@
 """The kernel's list of mounts, ``/proc/self/mountinfo``, taken apart.
 
-The rule: this is the driver's only memory of what is mounted. A driver that was killed, or that another one replaced,
-knows afterwards what the former one did.
+The rule: this is the only memory of what is mounted. A driver or supervisor that was killed, or that another one
+replaced, knows afterwards what the former one did.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ class MountTable:
     def at(self, path: str) -> Mount | None:
         """What is seen at exactly `path`: the last of those mounted over each other."""
         return next((mount for mount in reversed(self._mounts) if mount.mountpoint == path), None)
+
+    def of_kind(self, kind: str) -> list[Mount]:
+        """Those of one file system type, the oldest first."""
+        return [mount for mount in self._mounts if mount.kind == kind]
 
     def under(self, folder: str) -> list[Mount]:
         """What is mounted somewhere inside of `folder`."""

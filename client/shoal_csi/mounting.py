@@ -9,10 +9,10 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from shoal_csi import mounts
-from shoal_csi.answering import Prober, State
+from shoal_csi.probing import Prober, State
 from shoal_csi.refusals import MountFailed
 
 #: From the command to the first answer; a mount begins with a snapshot, which may have to come from another node.
@@ -34,8 +34,14 @@ class Mounts(Protocol):
     def is_answering(self, mountpoint: str) -> bool:
         """Whether the mount answers now, found out in bounded time."""
 
-    def recover(self) -> list[str]:
-        """Put in order what lost only its supervisor; a sentence for each. Raises ShoalError."""
+    def revive(self, folder: str) -> list[str]:
+        """Go on with what only the descriptor store keeps, of the mounts in `folder`; a sentence for each."""
+
+    def recover(self, folder: str) -> list[str]:
+        """Go on with what lost its supervisor, take away what lost all; a sentence for each. Raises ShoalError."""
+
+    def take_over(self, folder: str) -> list[str]:
+        """Serve from here what other containers serve; a sentence for each."""
 
 
 class CommandMounts:
@@ -44,15 +50,16 @@ class CommandMounts:
     Args:
         command: the words before ``mount`` or ``umount``.
         endpoint: of the cluster; "" for what the environment says.
+        options: words after those of each ``mount``.
     """
 
-    def __init__(self, command: Sequence[str], endpoint: str, prober: Prober) -> None:
-        self._command = tuple(command)
+    def __init__(self, command: Sequence[str], endpoint: str, prober: Prober, options: Sequence[str] = ()) -> None:
+        self._command, self._options = tuple(command), tuple(options)
         self._environment = {**os.environ, **({"SHOAL_ENDPOINT": endpoint} if endpoint else {})}
         self._prober = prober
 
     def mount(self, dataset: str, snapshot: str, mountpoint: str) -> None:
-        self._run(["mount", f"{dataset}@{snapshot}", mountpoint], MOUNT_TIMEOUT_S)
+        self._run(["mount", f"{dataset}@{snapshot}", mountpoint, *self._options], MOUNT_TIMEOUT_S)
 
     def unmount(self, mountpoint: str) -> None:
         self._run(["umount", mountpoint], UNMOUNT_TIMEOUT_S)
@@ -60,8 +67,14 @@ class CommandMounts:
     def is_answering(self, mountpoint: str) -> bool:
         return self._prober.probe(mountpoint).state is State.ALIVE
 
-    def recover(self) -> list[str]:
-        return [f"{each['mountpoint']}: {each['how']}" for each in mounts.recover()]
+    def revive(self, folder: str) -> list[str]:
+        return _sentences(mounts.revive(under=folder))
+
+    def recover(self, folder: str) -> list[str]:
+        return _sentences(mounts.recover(under=folder))
+
+    def take_over(self, folder: str) -> list[str]:
+        return _sentences(mounts.take_over(under=folder))
 
     def _run(self, words: Sequence[str], timeout_s: float) -> None:
         line = " ".join(["shoal", *words])
@@ -86,3 +99,7 @@ class CommandMounts:
                 said.seek(0)
                 sentence = said.read()[-_SAID_BYTES:].decode(errors="replace").strip() or f"exit status {status}"
                 raise MountFailed(f"'{line}' failed: {sentence}")
+
+
+def _sentences(done: list[dict[str, Any]]) -> list[str]:
+    return [f"{each['mountpoint']}: {each['how']}" for each in done]

@@ -2,7 +2,8 @@
 
     python -m shoal_csi.mounts list                          JSON, one document
     python -m shoal_csi.mounts unmount MOUNTPOINT [--lazy]   JSON: what was done
-    python -m shoal_csi.mounts recover                       JSON: what was done for mounts whose supervisor died
+    python -m shoal_csi.mounts recover [--under DIR]         JSON: what was done for mounts whose supervisor died
+    python -m shoal_csi.mounts take-over [--under DIR]       JSON: what was done for mounts of other containers
 
 Unmounting asks the kernel, not the supervisor: it works where nobody is left, and whoever is notices.
 
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal.errors import ShoalError
-from shoal_csi import kernel, places, probing, rundir
-from shoal_csi.probing import Outcome
+from shoal_csi import deposits, fdstore, kernel, places, probing, rundir, sockets
+from shoal_csi.mount_table import Mount, MountTable
 from shoal_csi.rundir import Record
 
 #: A probe of the supervisor's, or a look of somebody's, makes a mount busy for a moment.
@@ -45,15 +46,17 @@ class Holder:
 
 def listed() -> list[dict[str, Any]]:
     """Every mount of Shoal's on this machine, as JSON: those known here, and those that only the kernel knows."""
-    attached = {mount.device: mount for mount in kernel.mounts() if mount.root == "/"}
-    known = []
+    mounted = MountTable.now().of_kind(kernel.FS_TYPE)
+    attached = {mount.device: mount for mount in mounted if mount.root == "/"}
+    known, deposited = [], deposits.states()
     for directory, record in rundir.records():
-        is_mounted = any(m.device == record.device and m.mountpoint == record.mountpoint for m in kernel.mounts())
+        is_mounted = any(m.device == record.device and m.mountpoint == record.mountpoint for m in mounted)
         has_supervisor = rundir.has_supervisor(directory)
         if not is_mounted and not has_supervisor:
             continue  # the leftovers of a supervisor that was killed after its mount was gone
         attached.pop(record.device, None)
-        known.append(_json(record, is_mounted=is_mounted, has_supervisor=has_supervisor))
+        kept = deposited.get(record.device, "")
+        known.append(_json(record, is_mounted=is_mounted, has_supervisor=has_supervisor, kept=kept))
     strangers = [_stranger(mount) for mount in attached.values()]
     return sorted(known + strangers, key=lambda mount: str(mount["mountpoint"]))
 
@@ -67,11 +70,11 @@ def unmount(mountpoint: str, *, lazy: bool) -> dict[str, Any]:
         ShoalError: it is no mount of Shoal's; it is in use, with by whom; it may not be unmounted.
     """
     path = rundir.canonical(mountpoint)
-    there = kernel.find(path)
+    there = MountTable.now().at(path)
     if there is None:
         raise ShoalError(f"nothing is mounted at {path}: 'shoal mount' lists what is")
-    if there.fs_type != kernel.FS_TYPE:
-        raise ShoalError(f"{path} is not a mount of Shoal's but of type {there.fs_type}: use umount(8)")
+    if there.kind != kernel.FS_TYPE:
+        raise ShoalError(f"{path} is not a mount of Shoal's but of type {there.kind}: use umount(8)")
     directory = rundir.directory_of(path)
     record = rundir.read(directory)
     if record is not None and record.device != there.device:
@@ -86,8 +89,7 @@ def unmount(mountpoint: str, *, lazy: bool) -> dict[str, Any]:
         if error.errno != errno.EBUSY:
             places.force_away(path, is_alive=True)  # raises for the same reason, in words
         else:
-            outcome = probing.ask(path, there.device, places.DEAD_AFTER_S)
-            if outcome is Outcome.ANSWERED:
+            if probing.ask(path, places.DEAD_AFTER_S).is_answer_of(there.device):
                 raise ShoalError(_busy(path, there.device)) from None
             places.force_away(path, is_alive=False)
             how, is_cut_off = "cut off, because it did not answer", True
@@ -95,27 +97,63 @@ def unmount(mountpoint: str, *, lazy: bool) -> dict[str, Any]:
         _wait_while(lambda: rundir.has_supervisor(directory), GONE_WITHIN_S)
     elif not lazy and record is not None:
         _end_orphan(directory, record, is_cut_off=is_cut_off)
+    if not is_supervised and (record is None or record.living_daemon is None):
+        deposits.withdraw(there.device)  # what is open in it would wait for nobody
     return {"mountpoint": path, "source": there.source, "how": how}
 
 
-def recover() -> list[dict[str, Any]]:
-    """Give each mount whose supervisor died a new one, or take it away where its daemon died, too.
+def recover(*, under: str = "") -> list[dict[str, Any]]:
+    """Give each mount whose supervisor died a new one, or take it away where nobody is left who could go on with it.
 
     For whatever runs first on a machine, or again. A supervisor started here outlives this process.
+
+    Args:
+        under: only what is mounted in this directory; "" for all.
     """
     done = []
-    for directory, record in rundir.records():
+    deposited = deposits.states()
+    for directory, record in _records(under):
         if rundir.has_supervisor(directory):
             continue
-        there = kernel.find(record.mountpoint)
+        there = MountTable.now().at(record.mountpoint)
+        kept = deposited.get(record.device)
         if there is None or there.device != record.device:
+            deposits.withdraw(record.device)
             rundir.forget(directory)
-        elif record.daemon is not None and record.daemon.is_running:
-            _supervise(record)
-            done.append({"mountpoint": record.mountpoint, "how": "has a new supervisor"})
-        else:
+        elif record.living_daemon is not None or kept == fdstore.WAITING:
+            done.append(_supervise(record))
+        elif kept is None:
             done.append({"mountpoint": record.mountpoint, "how": places.detach_stale(there, record)})
     return done
+
+
+def revive(*, under: str = "") -> list[dict[str, Any]]:
+    """As `recover`, for mounts that only the descriptor store keeps; nothing is taken away."""
+    waiting = {device for device, state in deposits.states().items() if state == fdstore.WAITING}
+    return [
+        _supervise(record)
+        for directory, record in (_records(under) if waiting else ())
+        if record.device in waiting and record.living_daemon is None and not rundir.has_supervisor(directory)
+    ]
+
+
+def take_over(*, under: str = "") -> list[dict[str, Any]]:
+    """Start supervisors here for mounts whose supervisors are in other containers, which hand over and end.
+
+    For a container that is to replace those. No reader notices more than a short wait.
+    """
+    own = rundir.namespace("mnt")
+    return [
+        _supervise(record, "--take-over")
+        for directory, record in _records(under)
+        if record.mount_namespace not in (0, own) and rundir.has_supervisor(directory)
+    ]
+
+
+def _records(under: str) -> Iterator[tuple[Path, Record]]:
+    for directory, record in rundir.records():
+        if not under or record.mountpoint.startswith(under.rstrip("/") + "/"):
+            yield directory, record
 
 
 def holders(mountpoint: str, device: str) -> Iterator[Holder]:
@@ -173,7 +211,7 @@ def _end_orphan(directory: Path, record: Record, *, is_cut_off: bool) -> None:
 
     One that does not end and does not hang serves the same mount elsewhere.
     """
-    daemon = record.daemon
+    daemon = record.living_daemon
     if daemon is not None:
         _wait_while(lambda: daemon.is_running, ORPHAN_WITHIN_S)
         if is_cut_off or rundir.is_stopped(daemon.pid):
@@ -188,10 +226,10 @@ def _wait_while(condition: Callable[[], bool], within_s: float) -> None:
         time.sleep(_AGAIN_S)
 
 
-def _json(record: Record, *, is_mounted: bool, has_supervisor: bool) -> dict[str, Any]:
-    has_daemon = record.daemon is not None and record.daemon.is_running
+def _json(record: Record, *, is_mounted: bool, has_supervisor: bool, kept: str) -> dict[str, Any]:
+    daemon = record.living_daemon
     supervised = record.state if is_mounted else "detached"
-    unsupervised = "unsupervised" if has_daemon else "dead"
+    unsupervised = "unsupervised" if daemon is not None or kept == fdstore.SERVED else "kept" if kept else "dead"
     name, _, snapshot = record.dataset.partition("@")
     return {
         "mountpoint": record.mountpoint,
@@ -204,13 +242,13 @@ def _json(record: Record, *, is_mounted: bool, has_supervisor: bool) -> dict[str
         "failures": record.failures,
         "reason": record.reason or None,
         "supervisor_pid": record.supervisor_pid if has_supervisor else None,
-        "daemon_pid": record.daemon.pid if has_daemon and record.daemon else None,
+        "daemon_pid": None if daemon is None else daemon.pid,
         "spare_pid": record.spare_pid if has_supervisor else None,
         "log": record.log or None,
     }
 
 
-def _stranger(mount: kernel.Mount) -> dict[str, Any]:
+def _stranger(mount: Mount) -> dict[str, Any]:
     name, _, snapshot = mount.source.removeprefix("shoal:").partition("@")
     return {
         "mountpoint": mount.mountpoint,
@@ -221,7 +259,7 @@ def _stranger(mount: kernel.Mount) -> dict[str, Any]:
         "since": None,
         "restarts": None,
         "failures": None,
-        "reason": f"it is not in {rundir.root()}: mounted under another run directory, or as another user",
+        "reason": f"it is not in {sockets.root()}: mounted under another run directory, or as another user",
         "supervisor_pid": None,
         "daemon_pid": None,
         "spare_pid": None,
@@ -229,10 +267,11 @@ def _stranger(mount: kernel.Mount) -> dict[str, Any]:
     }
 
 
-def _supervise(record: Record) -> None:
+def _supervise(record: Record, *words: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "shoal_csi.supervisor", "--mountpoint", record.mountpoint]
+    command += [] if record.allow_other else ["--no-allow-other"]  # where it has to be mounted anew
     command += ["--dataset", record.dataset, "--subpath", record.subpath, "--endpoint", record.endpoint]
-    command += ["--daemon-module", record.daemon_module, "--background"]
+    command += ["--daemon-module", record.daemon_module, "--background", *words]
     subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -240,6 +279,8 @@ def _supervise(record: Record) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    how = "is taken over from another container" if words else "has a new supervisor"
+    return {"mountpoint": record.mountpoint, "how": how}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -247,7 +288,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser = argparse.ArgumentParser(prog="python -m shoal_csi.mounts", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list")
-    commands.add_parser("recover")
+    for name in ("recover", "take-over"):
+        commands.add_parser(name).add_argument("--under", default="", metavar="DIR")
     away = commands.add_parser("unmount")
     away.add_argument("mountpoint")
     away.add_argument("--lazy", action="store_true")
@@ -255,8 +297,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         if raw.command == "unmount":
             document: object = unmount(raw.mountpoint, lazy=raw.lazy)
+        elif raw.command == "recover":
+            document = recover(under=raw.under)
         else:
-            document = recover() if raw.command == "recover" else listed()
+            document = take_over(under=raw.under) if raw.command == "take-over" else listed()
     except ShoalError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -18,11 +18,11 @@ import grpc
 from shoal.errors import InvalidRequest, NotFound, ShoalError
 from shoal_csi import bind, capability, targets, volume
 from shoal_csi import csi_pb2 as pb
-from shoal_csi.answering import Finding, Prober, State
 from shoal_csi.catalog import Catalog
 from shoal_csi.csi_pb2_grpc import NodeServicer
 from shoal_csi.locks import Locks
 from shoal_csi.mount_table import Mount, MountTable
+from shoal_csi.probing import Finding, Prober, State
 from shoal_csi.refusals import NotAnswering
 from shoal_csi.shared import SharedMount, SharedMounts
 from shoal_csi.volume import Volume

@@ -50,6 +50,11 @@ class Opens:
         """Inodes that are open."""
         return len(self._slots)
 
+    def inodes(self) -> list[int]:
+        """Those that are open."""
+        with self._lock:
+            return list(self._slots)
+
     def backing_of(self, inode: int) -> int | None:
         """The backing id of an open inode, or `CACHED`; None where it is not open."""
         with self._lock:
@@ -75,8 +80,9 @@ class Opens:
             found = self._slots.get(inode)
             if found is None:
                 if not self._free:
-                    self._free = list(reversed(range(self._state.slots, 2 * self._state.slots)))
+                    before = self._state.slots
                     self._state.grow()
+                    self._free = list(reversed(range(before, 2 * before)))
                 found = self._free.pop(), Slot(inode, backing, 0)
             result = self._count(thread, unique, inode, found)
         if backing not in (CACHED, result):

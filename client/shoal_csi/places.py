@@ -12,8 +12,9 @@ import signal
 from pathlib import Path
 
 from shoal.errors import ShoalError
-from shoal_csi import kernel, probing
-from shoal_csi.probing import Outcome
+from shoal_csi import deposits, kernel, probing
+from shoal_csi.mount_table import Mount
+from shoal_csi.probing import State
 from shoal_csi.rundir import Record
 
 #: A mount that has no supervisor known here and answers nothing for so long is taken for dead.
@@ -54,7 +55,7 @@ def refusal(mountpoint: str, error: OSError) -> str:
     return f"mounting at {mountpoint} failed: {error.strerror}"
 
 
-def detach_stale(there: kernel.Mount, record: Record | None) -> str:
+def detach_stale(there: Mount, record: Record | None) -> str:
     """Take away a mount of ours that has no supervisor; returns what was done, for people.
 
     Args:
@@ -63,21 +64,20 @@ def detach_stale(there: kernel.Mount, record: Record | None) -> str:
     Raises:
         ShoalError: it is not known here and not known to be dead; or it cannot be taken away.
     """
-    outcome = probing.ask(there.mountpoint, there.device, DEAD_AFTER_S)
-    if record is None and outcome is not Outcome.DEAD:
-        hangs = "" if outcome is Outcome.ANSWERED else " that does not answer now"
+    finding = probing.ask(there.mountpoint, DEAD_AFTER_S)
+    is_alive, is_dead = finding.is_answer_of(there.device), finding.state is State.DEAD
+    if record is None and not is_dead:
+        hangs = "" if is_alive else " that does not answer now"
         raise ShoalError(
             f"{there.mountpoint} is already a mount{hangs}, of {there.source}: "
             f"unmount it with 'shoal umount {there.mountpoint}'"
         )
-    is_alive = outcome is Outcome.ANSWERED
     force_away(there.mountpoint, is_alive=is_alive)
+    deposits.withdraw(there.device)  # nobody comes back for it: what is open ends with its daemon
     if record is not None and not is_alive:
         kill_orphan(record)
-    was = {
-        Outcome.ANSWERED: "that no supervisor kept: files that are open in it may be read on",
-        Outcome.DEAD: "whose daemon was gone",
-    }.get(outcome or Outcome.OTHER, "that answered nothing")
+    was = "that no supervisor kept: files that are open in it may be read on" if is_alive else "that answered nothing"
+    was = "whose daemon was gone" if is_dead else was
     return f"detached from {there.mountpoint} a mount of {there.source} {was}"
 
 
@@ -96,6 +96,7 @@ def force_away(mountpoint: str, *, is_alive: bool) -> None:
 
 def kill_orphan(record: Record) -> None:
     """End a daemon that has no supervisor and does not answer."""
-    if record.daemon is not None and record.daemon.is_running:
+    daemon = record.living_daemon
+    if daemon is not None:
         with contextlib.suppress(OSError):
-            os.kill(record.daemon.pid, signal.SIGKILL)
+            os.kill(daemon.pid, signal.SIGKILL)

@@ -97,6 +97,7 @@ class Init(enum.IntFlag):
     INIT_EXT = 1 << 30
     PASSTHROUGH = 1 << 37
     HAS_RESEND = 1 << 39
+    ALLOW_IDMAP = 1 << 40
 
 
 class Open(enum.IntFlag):
@@ -205,6 +206,7 @@ WANTED = (
     | Init.NO_OPENDIR_SUPPORT
     | Init.INIT_EXT
     | Init.HAS_RESEND
+    | Init.ALLOW_IDMAP
 )
 
 

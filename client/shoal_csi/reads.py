@@ -9,6 +9,10 @@ A window is dropped when all of it was read, because the kernel keeps pages by i
 used longest ago first; and when nobody has its object open any more. One that is on its way, or being sent, counts
 until it is gone.
 
+A read is over when its reader's time limit is, counted from when it was asked for: what it waited for a thread and for
+a window is inside. Where the kernel's own reading ahead failed, it asks once more, for the page that somebody wants: a
+failure that took long is the answer to that, too, or each would take twice its time.
+
 The rule: windows hold `limit_bytes` at most, and what is read exactly is what the threads that read it can hold.
 """
 
@@ -17,15 +21,17 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from shoal.errors import ShoalError
+from shoal.errors import DeadlineExceeded, ShoalError
 from shoal.reader import ObjectReader
+from shoal.shards import PART_SIZE
 from shoal.threads import Threads
 from shoal_csi.readahead import Readahead
 from shoal_csi.readahead import Window as Range
@@ -38,6 +44,9 @@ LIMIT_BYTES = 64 << 20
 FETCHES = 4
 #: Objects whose readers, and whose streams, are remembered.
 OBJECTS_KEPT = 4096
+#: A failure after so long is told again, without asking anybody, to who asks for the same bytes within `TOLD_AGAIN_S`.
+LONG_S, TOLD_AGAIN_S = 0.5, 1.0
+_FAILURES_KEPT = 64
 
 Send = Callable[[Sequence[pa.Buffer]], None]
 """Takes the bytes of a read, in order. They are valid until it returns."""
@@ -64,6 +73,17 @@ class _Window:
         return self.end - self.start
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Bytes [start, end) of an object, which could not be had; `at`: `time.monotonic`."""
+
+    row: int
+    start: int
+    end: int
+    at: float
+    error: ShoalError
+
+
 class Reads:
     """The reads of one mount. Thread-safe.
 
@@ -73,6 +93,7 @@ class Reads:
     Attributes:
         window_bytes, most_window_bytes: held by windows, now and at most so far.
         exact_bytes, ahead_bytes: read exactly, and fetched ahead, so far.
+        fetching: windows that are on their way.
     """
 
     def __init__(self, reader_of: Callable[[int], ObjectReader], limit_bytes: int = LIMIT_BYTES) -> None:
@@ -83,7 +104,8 @@ class Reads:
         self._streams: OrderedDict[int, Readahead] = OrderedDict()
         self._windows: OrderedDict[_Window, None] = OrderedDict()  # the one used longest ago first
         self._of_row: dict[int, list[_Window]] = {}
-        self.window_bytes = self.most_window_bytes = self.exact_bytes = self.ahead_bytes = 0
+        self._failures: deque[_Failure] = deque(maxlen=_FAILURES_KEPT)  # in the order of their ends
+        self.window_bytes = self.most_window_bytes = self.exact_bytes = self.ahead_bytes = self.fetching = 0
 
     def close(self) -> None:
         """Begin no more windows."""
@@ -99,8 +121,11 @@ class Reads:
                     return end <= window.end and window.future.done()
         return False
 
-    def read(self, row: int, start: int, end: int, send: Send) -> None:
+    def read(self, row: int, start: int, end: int, send: Send, since: float | None = None) -> None:
         """Give bytes [start, end) of an object, which lie inside it, to `send`.
+
+        Args:
+            since: `time.monotonic` when they were asked for; None: now.
 
         Raises:
             ShoalError: they cannot be had. `send` was not called.
@@ -109,24 +134,32 @@ class Reads:
         if mapped is not None:
             send(mapped)
             return
+        since = time.monotonic() if since is None else since
         reader = self.reader_of(row)
         with self._lock:
+            failure = self._failure_at(row, start)
+            if failure is not None:
+                raise failure
             used = self._use(row, start, end)
             for ahead in self._observe(row, reader.size_bytes, start, end):
                 self._fetch(reader, ahead)
         pieces: list[pa.Buffer] = []
+        until = since + reader.timeout_s
         try:
             position = start
             for window in used:
                 if position < window.start:
-                    pieces.append(self._exact(reader, position, window.start))
+                    pieces.append(self._exact(reader, position, window.start, until))
                     position = window.start
                 stop = min(end, window.end)
-                pieces.append(self._from_window(window, reader, position, stop))
+                pieces.append(self._from_window(window, reader, position, stop, until))
                 position = stop
             if position < end:
-                pieces.append(self._exact(reader, position, end))
+                pieces.append(self._exact(reader, position, end, until))
             send(pieces)
+        except ShoalError as error:
+            self._note_failure(reader, start, end, since, error)
+            raise
         finally:
             pieces.clear()
             with self._lock:
@@ -142,6 +175,7 @@ class Reads:
 
     def _fetched(self, window: _Window) -> None:
         with self._lock:
+            self.fetching -= 1
             self._release(window, 0)
 
     def _mapped(self, row: int, start: int, end: int) -> list[pa.Buffer] | None:
@@ -154,20 +188,41 @@ class Reads:
             found.append(buffer)
         return found
 
-    def _exact(self, reader: ObjectReader, start: int, end: int) -> pa.Buffer:
-        buffer = reader.read_buffer(start, end)
+    def _exact(self, reader: ObjectReader, start: int, end: int, until: float) -> pa.Buffer:
+        if time.monotonic() >= until:
+            raise DeadlineExceeded(
+                f"it waited {reader.timeout_s:g} s for reads before it; see 'shoal status' for what is slow"
+            )
+        buffer = reader.read_buffer(start, end, until)
         with self._lock:
             self.exact_bytes += end - start
         return buffer
 
-    def _from_window(self, window: _Window, reader: ObjectReader, start: int, end: int) -> pa.Buffer:
+    def _from_window(self, window: _Window, reader: ObjectReader, start: int, end: int, until: float) -> pa.Buffer:
         try:
-            return window.future.result().slice(start - window.start, end - start)
-        except (ShoalError, CancelledError) as error:
+            fetched = window.future.result(max(0.0, until - time.monotonic()))
+            return fetched.slice(start - window.start, end - start)
+        except (ShoalError, CancelledError, TimeoutError) as error:
             log.debug("a window failed, reading just what was asked: %s", error)
-        return self._exact(reader, start, end)
+        return self._exact(reader, start, end, until)
+
+    def _note_failure(self, reader: ObjectReader, start: int, end: int, since: float, error: ShoalError) -> None:
+        """Keep a failure that took long, where all of its bytes fail together: one part of one shard has one fate."""
+        now = time.monotonic()
+        pieces = reader.pieces(start, end)
+        is_one = len(pieces) == 1 and pieces[0].start // PART_SIZE == (pieces[0].end - 1) // PART_SIZE
+        if is_one and now - since >= LONG_S:
+            with self._lock:
+                self._failures.append(_Failure(reader.row, start, end, now, error))
 
     # Under the lock
+
+    def _failure_at(self, row: int, start: int) -> ShoalError | None:
+        """Why the byte at `start` could not be had just now; None where nobody knows."""
+        oldest = time.monotonic() - TOLD_AGAIN_S
+        while self._failures and self._failures[0].at < oldest:
+            self._failures.popleft()
+        return next((each.error for each in self._failures if each.row == row and each.start <= start < each.end), None)
 
     def _observe(self, row: int, size_bytes: int, start: int, end: int) -> list[Range]:
         streams = self._streams.get(row)
@@ -212,6 +267,7 @@ class Reads:
         self._of_row.setdefault(reader.row, []).append(window)
         self.window_bytes += size
         self.ahead_bytes += size
+        self.fetching += 1
         self.most_window_bytes = max(self.most_window_bytes, self.window_bytes)
         future.add_done_callback(lambda _: self._fetched(window))
 

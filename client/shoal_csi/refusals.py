@@ -85,7 +85,7 @@ class Seam(_ServerInterceptor):
                 _abort(context, method, InvalidRequest(f"the message is no request of {method} (CSI v1)"))
             except ShoalError as error:
                 _abort(context, method, error)
-            except Exception as error:
+            except Exception as error:  # told with a sentence; gRPC would say UNKNOWN and nothing else
                 log.exception("%s failed", method)
                 _abort(context, method, ShoalError(f"the driver failed ({error!r}): its log has the details"))
 

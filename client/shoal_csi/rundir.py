@@ -3,11 +3,12 @@
     RUN/ID/lock         held (flock(2)) by the supervisor for as long as it lives
     RUN/ID/mount.json   what is mounted, and how it fares: a `Record`
     RUN/ID/socket       where the supervisor hands over to a successor (`shoal_csi.handover`)
+    RUN/fdstore.socket  where the descriptor store serves, if there is one (`shoal_csi.fdstore`)
     RUN/ID.log          what supervisor and daemons wrote, kept after the mount
     RUN/ID-PID/         the same of a mount that was taken away from there while files in it are open
 
-ID is made from the mount point, so there is one supervisor a mount point. RUN is ``SHOAL_RUN_DIR``, else
-``/run/shoal`` for root and ``$XDG_RUNTIME_DIR/shoal`` for others.
+ID is made from the mount point, so there is one supervisor a mount point. RUN is `shoal_csi.sockets.root`. Containers
+may share it: then pids in it may be another container's.
 
 The rule: the lock says whether a supervisor lives, never a pid in a file, which by now may be another process's.
 """
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import ShoalError
+from shoal_csi.sockets import root
 
 #: Somebody who looks whether a lock is held holds it himself for a moment.
 _CLAIM_AGAIN_S, _CLAIM_WITHIN_S = 0.01, 0.3
@@ -70,6 +72,10 @@ class Record:
         since: seconds since the epoch, of this state.
         log: file that the processes write to; "" where that is no file.
         daemon_module: what ``python -m`` runs.
+        timeout_s: that one read may take; 0: what the daemon takes by itself. Records of before have none.
+        local_tier, local_tier_size: as the daemon is given them; "" where there is none.
+        pid_namespace: of the supervisor, in which the pids are; `mount_namespace`: a container has one of its own. As
+            `namespace` gives them; 0: not known.
     """
 
     mountpoint: str
@@ -89,17 +95,33 @@ class Record:
     since: float
     log: str
     daemon_module: str
+    timeout_s: float = 0.0
+    local_tier: str = ""
+    local_tier_size: int = 0
+    pid_namespace: int = 0
+    mount_namespace: int = 0
+
+    @property
+    def is_of_here(self) -> bool:
+        """Whether the pids mean the same to this process."""
+        return self.pid_namespace in (0, namespace("pid"))
+
+    @property
+    def living_daemon(self) -> Daemon | None:
+        """The daemon, where this process can see that it runs."""
+        return self.daemon if self.is_of_here and self.daemon is not None and self.daemon.is_running else None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Record:
-        """Raises ValueError: it is none, or another version's."""
+        """Raises ValueError: it is none, or a version's that left out what is needed here."""
         try:
             raw: dict[str, Any] = json.loads(text)
-            raw["daemon"] = Daemon(**raw["daemon"]) if raw["daemon"] is not None else None
-            return cls(**raw)
+            known = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
+            known["daemon"] = Daemon(**raw["daemon"]) if raw["daemon"] is not None else None
+            return cls(**known)
         except (TypeError, KeyError) as error:
             raise ValueError(f"no record of a mount: {error}") from error
 
@@ -132,14 +154,6 @@ class Claim:
         if forget:
             shutil.rmtree(self.directory, ignore_errors=True)
         os.close(self._fd)
-
-
-def root() -> Path:
-    if given := os.environ.get("SHOAL_RUN_DIR"):
-        return Path(given)
-    own = os.environ.get("XDG_RUNTIME_DIR")
-    # Root with and without a session of its own must find the same mounts.
-    return Path(own, "shoal") if own and os.geteuid() != 0 else Path("/run/shoal")
 
 
 def directory_of(mountpoint: str) -> Path:
@@ -236,6 +250,11 @@ def started(pid: int) -> int:
         fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
         return int(fields[19]) if fields[0] not in "ZX" else 0
     return 0
+
+
+def namespace(kind: str) -> int:
+    """The number of this process's own namespace (namespaces(7)), such as ``pid`` or ``mnt``."""
+    return Path(f"/proc/self/ns/{kind}").stat().st_ino
 
 
 def is_stopped(pid: int) -> bool:

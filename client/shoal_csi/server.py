@@ -4,7 +4,8 @@ A few threads take requests. What is answered from the tree, from maps or from w
 took it; what waits for a node goes to a pool, so that a slow origin never keeps `ls` waiting.
 
     names, attributes    from the tree; they never expire, so the kernel asks once for each
-    OPEN                 passthrough, where the object is one sealed file of the node on this machine; else cached
+    OPEN                 passthrough, where the object is one sealed file of the node on this machine, or a file of the
+                         local tier; else cached
     READ                 `shoal_csi.reads`
     what writes          EROFS, if the kernel asks at all: it knows that the mount is read-only
     what is unknown      ENOSYS, after which the kernel mostly does not ask again
@@ -31,15 +32,19 @@ import pyarrow as pa
 
 from shoal.datasets import DatasetRecord
 from shoal.errors import NotFound, ShoalError
+from shoal.maps import RENEW_S
 from shoal.parallel import run_parallel
 from shoal.shards import shard_count
 from shoal.snapshot import Snapshot
 from shoal.threads import Threads
 from shoal_csi import failures, kernel, protocol
+from shoal_csi.keeping import Keeping
 from shoal_csi.opens import CACHED, Opens
+from shoal_csi.presence import Presence
 from shoal_csi.protocol import WRITES, Header, Init, Malformed, Opcode, Open
 from shoal_csi.reads import LIMIT_BYTES, Reads
 from shoal_csi.state import MAX_THREADS, State
+from shoal_csi.tier import Tier
 from shoal_csi.tree import Tree
 
 if TYPE_CHECKING:
@@ -47,8 +52,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Threads that take requests, and threads that wait for nodes. Each of the latter holds one READ.
-TAKERS, WAITERS = 4, 16
+#: Threads that take requests, and threads that wait for nodes. Each of the latter holds one READ, and as many as the
+#: kernel sends at a time may wait for an origin that hangs, without those that need it not waiting for a thread.
+TAKERS, WAITERS = 4, 64
 #: The largest READ, in pages, and in bytes what the kernel may read ahead.
 MAX_PAGES = 256
 MAX_READAHEAD = 4 << 20
@@ -57,6 +63,9 @@ PASSTHROUGH_FROM = 128 << 10
 #: Objects up to this size are opened silently, where they are most of a dataset's bytes.
 SMALL_BYTES = 1 << 20
 
+#: A request whose reader got a signal is looked at so often: the kernel tells of the first one alone, and not when a
+#: later one is the last.
+_INTERRUPTED_AGAIN_S = 1.0
 _BUFFER_BYTES = 64 << 10
 _SIGKILL_BIT = 1 << 8
 #: Of a request whose answer is being written; no thread has this id.
@@ -92,8 +101,10 @@ class Server:
     Args:
         state: shared with the servers before and after this one.
         on_over: called once no thread takes requests any more: the file system was unmounted, or `stop` was called.
+        tier: where objects are kept that the node of this machine does not have; None: nowhere.
         window_bytes: what may be held that was fetched ahead.
         takers: threads that take requests.
+        renew_s: between two times that nodes are told of what is open.
 
     Attributes:
         opens, reads: of the mount, with their counters.
@@ -106,8 +117,10 @@ class Server:
         state: State,
         *,
         on_over: Callable[[], None],
+        tier: Tier | None = None,
         window_bytes: int = LIMIT_BYTES,
         takers: int = TAKERS,
+        renew_s: float = RENEW_S,
     ) -> None:
         assert takers <= MAX_THREADS
         self._fd = fd
@@ -120,9 +133,15 @@ class Server:
         self._may_passthrough = True
         self.opens = Opens(state, self._close_backing)
         self.reads = Reads(served.reader_of, window_bytes)
+        self._keeping = None if tier is None else self._keep(tier)
+        if self._terms is not None:
+            self._look_at(self._terms)
+        hidden = self._tree.rows if self._silent else range(0)
+        self._presence = Presence(served.reader_of, self._open_rows, hidden, every_s=renew_s)
         self._waiters = Threads(WAITERS, "shoal-mount-wait")
-        self._lock = threading.Lock()  # guards _waiting and _ended
+        self._lock = threading.Lock()  # guards _waiting, _interrupts and _ended
         self._waiting: dict[int, int] = {}  # unique to thread id of those whose answers the pool gives
+        self._interrupts: list[int] = []  # that are to be had again
         self._ended = 0
         self._is_stopping = False
         self._busy = [False] * takers
@@ -158,6 +177,7 @@ class Server:
             log.info("this kernel hands no request out again (Linux 6.9 does): %s", error)
         for thread in range(len(self._busy)):
             threading.Thread(target=self._take, args=(thread,), name=f"shoal-mount_{thread}", daemon=True).start()
+        self._presence.start()
 
     def stop(self, grace_s: float) -> bool:
         """Take no more requests, and wait for those under way; whether they were over in time.
@@ -175,8 +195,11 @@ class Server:
         return True
 
     def close(self) -> None:
+        self._presence.close()
         self._waiters.close()
         self.reads.close()
+        if self._keeping is not None:
+            self._keeping.close()
 
     def _take(self, thread: int) -> None:
         buffer = bytearray(_BUFFER_BYTES)
@@ -226,7 +249,7 @@ class Server:
             log.warning("the kernel sent %s", error)
             if unique:
                 self._reply(protocol.pack_error(unique, errno.EINVAL))
-        except Exception:
+        except Exception:  # one request's surprise must not end the thread that takes the others
             log.exception("a request could not be answered")
             self._reply(protocol.pack_error(unique, errno.EIO))
         else:
@@ -262,7 +285,7 @@ class Server:
         except ShoalError as error:
             log.error("%s", failures.sentence(self._tree.path(inode), self._served.record.name, error))
             self._finish(unique, errno_=failures.errno_of(error))
-        except Exception:
+        except Exception:  # else its reader would wait for ever
             log.exception("a request could not be answered")
             self._finish(unique, errno_=errno.EIO)
 
@@ -295,7 +318,12 @@ class Server:
         self._terms = terms
         if not terms.passthrough and not terms.opens_silently:
             log.warning("this kernel has no FUSE passthrough (Linux 6.9 has): files are read through the server")
+        self._look_at(terms)
         return protocol.pack_init(terms, max_pages=MAX_PAGES)
+
+    def _look_at(self, terms: protocol.Terms) -> None:
+        if not terms.passthrough and self._keeping is not None:
+            self._keeping.turn_off("in this mount nothing is passed through (docs/mount.md), so it would be of no use")
 
     def _lookup(self, header: Header, body: memoryview, thread: int) -> Answer:
         inode = self._tree.lookup(header.node, protocol.parse_name(body))
@@ -321,6 +349,7 @@ class Server:
             raise Refused(errno.ENOSYS)
         inode = header.node
         row = self._row(inode)
+        self._presence.opened(row)
         backing = self.opens.open(thread, header.unique, inode, lambda: self._choose(row))
         if backing == CACHED:
             return protocol.pack_open(inode, Open.KEEP_CACHE | Open.NOFLUSH)
@@ -328,7 +357,10 @@ class Server:
 
     def _release(self, header: Header, body: memoryview, thread: int) -> Answer:
         if self.opens.release(thread, header.unique, header.node):
-            self.reads.forget(self._row(header.node))
+            row = self._row(header.node)
+            self.reads.forget(row)
+            if self._keeping is not None and self._passes_through:
+                self._keeping.released(row)
         return b""
 
     def _read(self, header: Header, body: memoryview, thread: int) -> Answer:
@@ -337,12 +369,18 @@ class Server:
         end = min(offset + size, int(self._served.snapshot.size(row)))
         if offset >= end:
             return b""
+        if self._keeping is not None:
+            self._keeping.has_read(row, end - offset)
         if self.reads.is_at_hand(row, offset, end):
             self.reads.read(row, offset, end, lambda buffers: self._reply_buffers(unique, buffers))
             return None
-        job = lambda: self.reads.read(row, offset, end, lambda buffers: self._finish(unique, buffers))  # noqa: E731
-        self._later(header, header.node, job)
+        since = time.monotonic()
+        send = lambda buffers: self._finish(unique, buffers)  # noqa: E731
+        self._later(header, header.node, lambda: self.reads.read(row, offset, end, send, since))
         return None
+
+    def _open_rows(self) -> list[int]:
+        return [row for inode in self.opens.inodes() if (row := self._tree.row(inode)) is not None]
 
     def _row(self, inode: int) -> int:
         row = self._tree.row(inode)
@@ -378,7 +416,21 @@ class Server:
         pid = self._waiting.get(unique, _CLAIMED)
         if pid != _CLAIMED and _is_killed(pid):
             self._finish(unique, errno_=errno.EINTR)
+            return None
+        with self._lock:
+            self._interrupts.append(header.unique)
+            is_first = len(self._interrupts) == 1
+        if is_first:
+            timer = threading.Timer(_INTERRUPTED_AGAIN_S, self._have_interrupts_again)
+            timer.daemon = True
+            timer.start()
         return None
+
+    def _have_interrupts_again(self) -> None:
+        with self._lock:
+            interrupts, self._interrupts = self._interrupts, []
+        for unique in interrupts:  # of a request that was answered meanwhile the kernel knows no more
+            self._reply(protocol.pack_error(unique, errno.EAGAIN))
 
     # Attributes
 
@@ -423,7 +475,7 @@ class Server:
             "starts": self._state.starts,
             "dataset": self._served.record.name,
             "snapshot": self._served.snapshot.digest,
-            "passthrough": self._may_passthrough and terms is not None and terms.passthrough,
+            "passthrough": self._passes_through,
             "opens_silently": terms is not None and terms.opens_silently,
             "requests": self.requests,
             "open_inodes": len(self.opens),
@@ -433,13 +485,23 @@ class Server:
             "read_ahead_bytes": self.reads.ahead_bytes,
             "window_bytes": self.reads.window_bytes,
             "most_window_bytes": self.reads.most_window_bytes,
+            "local_tier": None if self._keeping is None else self._keeping.report(),
         }
 
     # Backing files
 
+    @property
+    def _passes_through(self) -> bool:
+        return self._may_passthrough and self._terms is not None and self._terms.passthrough
+
+    def _keep(self, tier: Tier) -> Keeping:
+        record, snapshot, _, reader_of = self._served
+        is_busy = lambda: bool(self._waiting or self.reads.fetching)  # noqa: E731
+        return Keeping(tier, record, snapshot, reader_of, from_bytes=PASSTHROUGH_FROM, is_busy=is_busy)
+
     def _choose(self, row: int) -> int:
-        """A new backing id for an object that the local node has as one sealed file; else `CACHED`."""
-        if self._terms is None or not self._terms.passthrough or not self._may_passthrough:
+        """A new backing id for an object that the local node or the local tier has as one file; else `CACHED`."""
+        if not self._passes_through:
             return CACHED
         reader = self._served.reader_of(row)
         if reader.size_bytes < PASSTHROUGH_FROM:
@@ -448,13 +510,24 @@ class Server:
             descriptor = reader.local_descriptor()
         except ShoalError as error:
             log.debug("no passthrough for row %d: %s", row, error)
+            descriptor = None
+        if descriptor is not None:
+            return self._back(descriptor)
+        descriptor = None if self._keeping is None else self._keeping.open(row)
+        if self._keeping is None or descriptor is None:
             return CACHED
-        if descriptor is None:
-            return CACHED
+        backing = self._back(descriptor, self._keeping)
+        self._keeping.hits += backing != CACHED
+        return backing
+
+    def _back(self, descriptor: int, keeping: Keeping | None = None) -> int:
+        """A new backing id for the file behind `descriptor`, of `keeping` or of the local node; it is closed here."""
         try:
             return kernel.backing_open(self._fd, descriptor)
         except OSError as error:
-            if error.errno in _NEVER and self._may_passthrough:
+            if error.errno == errno.ELOOP and keeping is not None:
+                keeping.turn_off("it lies on a stacked file system such as overlayfs; name a directory of a drive")
+            elif error.errno in _NEVER and self._may_passthrough:
                 self._may_passthrough = False
                 log.warning("files are read through the server, not by the kernel itself: %s", _NEVER[error.errno])
             return CACHED

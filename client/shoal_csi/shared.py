@@ -21,10 +21,10 @@ from pathlib import Path
 
 from shoal.errors import ShoalError
 from shoal_csi import bind
-from shoal_csi.answering import Prober, State
 from shoal_csi.locks import Locks
 from shoal_csi.mount_table import Mount, MountTable
 from shoal_csi.mounting import Mounts
+from shoal_csi.probing import Prober, State
 from shoal_csi.refusals import NotAnswering
 
 log = logging.getLogger(__name__)
@@ -83,9 +83,17 @@ class SharedMounts:
     def state(self, shared: SharedMount) -> State:
         return self._prober.probe(shared.mountpoint).state
 
+    def revive(self) -> list[str]:
+        """See `shoal_csi.mounting.Mounts`."""
+        return self._mounts.revive(str(self._folder))
+
     def recover(self) -> list[str]:
         """See `shoal_csi.mounting.Mounts`. Not while a mount that volumes use is dead: it would be taken away."""
-        return self._mounts.recover()
+        return self._mounts.recover(str(self._folder))
+
+    def take_over(self) -> list[str]:
+        """See `shoal_csi.mounting.Mounts`."""
+        return self._mounts.take_over(str(self._folder))
 
     def ensure(self, dataset: str, snapshot: str) -> SharedMount:
         """One that answers: the one that is there, or a new one. Hold its lock.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,16 +88,29 @@ class State:
         if size == 0:
             size = _bytes_for(_FIRST_SLOTS)
             os.ftruncate(fd, size)
+        self.check(fd)
         self._map(size)
         if not self._words[_MAGIC_AT]:
             self._words[_VERSION_AT] = _VERSION
             self._words[_MAGIC_AT] = _MAGIC
-        if self._words[_MAGIC_AT] != _MAGIC or self._words[_VERSION_AT] != _VERSION:
-            raise StoreUnusable(
-                "the state of this mount was not left by this version of Shoal: unmount, and mount again"
-            )
         self._words[_STARTS] += np.uint64(1)
         self.starts = int(self._words[_STARTS])
+
+    @staticmethod
+    def check(fd: int) -> None:
+        """Change nothing. Raises StoreUnusable: what is there was left by a version that this one cannot go on from."""
+        head = os.pread(fd, 8 * (_VERSION_AT + 1), 0)
+        magic, version = (int.from_bytes(head[8 * at : 8 * at + 8], sys.byteorder) for at in (_MAGIC_AT, _VERSION_AT))
+        if magic == 0:
+            return  # the first server has yet to come
+        if magic != _MAGIC:
+            raise StoreUnusable("what was left of this mount is no state of Shoal's: unmount, and mount again")
+        if version != _VERSION:
+            age = "a newer" if version > _VERSION else "an older"
+            raise StoreUnusable(
+                f"the state of this mount was left by {age} Shoal (version {version}, and this one reads {_VERSION}): "
+                "let that one serve it, or unmount, and mount again"
+            )
 
     def _map(self, size: int) -> None:
         self._mapped = mmap.mmap(self._fd, size)

@@ -50,7 +50,7 @@ from dataclasses import dataclass, replace
 
 #: From a daemon's start until it says that it serves.
 START_S = 60.0
-#: A daemon that was asked to finish what is under way. Reads have a deadline of their own below this.
+#: A daemon that was asked to finish what is under way. It does not wait for reads that take long: its successor does.
 FINISH_S = 60.0
 #: Open files after an unmount that was asked for.
 DRAIN_S = 10.0

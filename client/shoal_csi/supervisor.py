@@ -7,7 +7,7 @@ HUP puts a new daemon in the old one's place, unless it comes from a terminal th
 second one does not wait for open files). What happens when is `shoal_csi.states`; here it is done. Descriptors of the
 connection, of the memory in which daemons leave what their successors need, and of the pipe on which they say ready are
 in the daemon, too, so that the death of this process costs nothing: the daemon serves on, and the next supervisor takes
-them from there (`shoal_csi.handover`).
+them from there (`shoal_csi.handover`). Against the death of both the descriptor store has them, where there is one.
 
 It is small on purpose, and asks the kernel to look for memory elsewhere: what it holds is all that cannot be replaced.
 
@@ -34,9 +34,11 @@ from shoal.errors import ShoalError
 from shoal_csi import arrival, daemons, handover, kernel, places, refusing, rundir, states
 from shoal_csi.arrival import Found, Options
 from shoal_csi.daemons import DaemonProcess
+from shoal_csi.deposits import Deposit
 from shoal_csi.handover import Held
 from shoal_csi.journal import Journal
-from shoal_csi.probing import Outcome, Probe
+from shoal_csi.mount_table import MountTable
+from shoal_csi.probing import Probe
 from shoal_csi.rundir import Record
 from shoal_csi.states import Phase, State
 
@@ -60,6 +62,7 @@ class Supervisor:
         self._options, self._claim, self._notes = found.options, found.claim, list(found.notes)
         self._fuse_fd, self._state_fd = found.held.fuse_fd, found.held.state_fd
         self._journal = journal
+        self._deposit = Deposit(journal.say)
         patience_s = PATIENCE * found.options.watch
         self._state = State(patience_s=patience_s, usual_patience_s=patience_s, refuse_after=found.options.refuse_after)
         self._since = time.time()
@@ -76,15 +79,18 @@ class Supervisor:
         self._poll = select.poll()
         self._wakeup = _signals()
         self._listener = handover.listen(self._claim.directory)
-        self._poll.register(self._fuse_fd, 0)  # POLLERR alone: the connection has ended
         self._poll.register(self._wakeup, select.POLLIN)
         self._poll.register(self._listener, select.POLLIN)
         self._mounts_fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
         self._poll.register(self._mounts_fd, select.POLLPRI)  # proc(5): something was mounted or unmounted
-        self._is_aside = False
+        self._is_aside = self._comes_again = self._has_ended = False
+        self._awaited: int | None = None  # what poll(2) waits for at the connection
         if found.record is not None and found.record.daemon is not None and found.held.ready_fd is not None:
             with contextlib.suppress(ProcessLookupError):  # it ended just now
                 self._daemon = self._watched(DaemonProcess.adopted(found.record.daemon, found.held.ready_fd))
+                self._deposit.put(self._device, found.held)
+        if found.spare is not None:
+            self._spare = self._watched(found.spare)
 
     @property
     def has_daemon(self) -> bool:
@@ -96,6 +102,8 @@ class Supervisor:
         """Do what follows from `first`, and from whatever happens then."""
         for event in first:
             self._happened(event)
+        if self._end is None:
+            self._look_at_the_mounts()  # nobody tells what was done before `_mounts_fd` was opened
         while self._end is None:
             ready = dict(self._poll.poll(self._patience_ms()))
             if ready:
@@ -104,11 +112,15 @@ class Supervisor:
                 self._look_at_the_clock()
         if self._end.sentence:
             self._journal.fail(self._end.sentence)
+        if self._successor is None:
+            self._deposit.withdraw()  # what is still open in the mount ends with the last descriptor
         self._claim.release(forget=self._successor is None)
         return self._end.status
 
     def _look(self, ready: dict[int, int]) -> None:
         """Deal with one thing that happened. What else did is found again by the next poll(2), unless this undid it."""
+        if self._mounts_fd in ready:  # but this, which poll(2) tells once
+            self._look_at_the_mounts()
         if self._wakeup in ready:
             for number in os.read(self._wakeup, 64):
                 self._journal.say(f"{signal.Signals(number).name} in phase {self._state.phase}")
@@ -132,21 +144,22 @@ class Supervisor:
                 self._happened(states.UpgradeAsked())
             else:
                 self._note()
-        elif self._mounts_fd in ready:
-            if not self._is_aside and not self._is_mounted():
-                self._is_aside = True
-                with contextlib.suppress(OSError):
-                    self._claim.move_aside()  # another mount may take the place, while files of this one are open
         elif self._probe is not None and self._probe.pidfd in ready:
             self._end_probe()
         elif self._listener.fileno() in ready:
             self._hand_over()
         elif ready.get(self._fuse_fd, 0) & select.POLLERR:
-            self._poll.unregister(self._fuse_fd)
-            self._happened(states.ConnectionEnded(is_mounted=self._is_mounted()))
-        elif self._state.refuses_requests:
-            refusing.refuse(self._fuse_fd)
+            self._look_at_connection()
+        elif self._state.refuses_requests and self._fuse_fd in ready:
+            refusing.refuse(self._fuse_fd, comes_again=self._comes_again)
             self._look_at_the_clock()  # there may always be another one
+
+    def _look_at_the_mounts(self) -> None:
+        if not self._is_aside and not self._is_mounted():
+            self._is_aside = True
+            with contextlib.suppress(OSError):
+                self._claim.move_aside()  # another mount may take the place, while files of this one are open
+            self._await_connection()
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
@@ -181,10 +194,35 @@ class Supervisor:
             self._journal.say(f"{before.phase} -> {self._state.phase}{why}")
         if self._state.refuses_requests != before.refuses_requests:
             self._refuse(self._state.refuses_requests)
+        self._await_connection()
         for action in actions:
             self._do(action)
         if self._end is None:
             self._note()
+
+    def _await_connection(self) -> None:
+        """Have poll(2) tell of the connection's end, and of requests that are to be refused.
+
+        Not while a daemon serves the mount: its own end tells, or that it answers nothing, and each of its requests
+        would wake this process, too.
+        """
+        is_served = self._state.has_daemon and self._state.phase in (Phase.STARTING, Phase.SERVING, Phase.REPLACING)
+        is_told = self._has_ended or (is_served and not self._is_aside)
+        awaited = None if is_told else select.POLLIN if self._state.refuses_requests else 0  # 0: POLLERR alone
+        if awaited != self._awaited:
+            if self._awaited is not None:
+                self._poll.unregister(self._fuse_fd)
+            if awaited is not None:
+                self._poll.register(self._fuse_fd, awaited)
+            self._awaited = awaited
+
+    def _look_at_connection(self) -> None:
+        poll = select.poll()
+        poll.register(self._fuse_fd, 0)
+        if poll.poll(0) and not self._has_ended:
+            self._has_ended = True
+            self._await_connection()
+            self._happened(states.ConnectionEnded(is_mounted=self._is_mounted()))
 
     def _do(self, action: states.Action) -> None:
         match action:
@@ -221,18 +259,14 @@ class Supervisor:
         except OSError as error:  # no memory, no processes: as if it had ended at once
             self._happened(states.DaemonEnded(f"it could not be started: {error}"))
             return
+        self._deposit.put(self._device, Held(self._fuse_fd, self._state_fd, daemon.ready_fd))
         daemon.go()
         self._daemon = daemon
         self._journal.say(f"daemon {daemon.known.pid} starts")
 
     def _spawn(self) -> DaemonProcess:
-        options = self._options
-        args = ["--dataset", options.dataset]
-        args += ["--subpath", options.subpath] if options.subpath else []
-        args += ["--endpoint", options.endpoint] if options.endpoint else []
-        return DaemonProcess.spawn(
-            options.daemon_module, args, self._fuse_fd, self._state_fd, oom_score_adj=_OOM_SCORE_ADJ_BEFORE
-        )
+        module, args = self._options.daemon_module, self._options.daemon_args
+        return DaemonProcess.spawn(module, args, self._fuse_fd, self._state_fd, oom_score_adj=_OOM_SCORE_ADJ_BEFORE)
 
     def _watched(self, daemon: DaemonProcess) -> DaemonProcess:
         self._poll.register(daemon.pidfd, select.POLLIN)
@@ -259,6 +293,7 @@ class Supervisor:
         self._journal.say(f"daemon {daemon.known.pid} ended: {sentence}")
         is_said = status is not None and status > 0
         said = (self._journal.last_words(self._log_start) or f"it ended with {sentence}") if is_said else ""
+        self._look_at_connection()
         self._happened(states.DaemonEnded(sentence, said))
 
     def _upgrade(self) -> None:
@@ -283,15 +318,11 @@ class Supervisor:
         start = self._journal.size()
         if not self._load_spare():
             return False
-        deadline = time.monotonic() + states.START_S
-        while self._spare is not None and not self._spare.is_loaded:
-            ready = dict(self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-            if self._spare.pidfd in ready or not ready:
-                self._bury_spare()
-                said = self._journal.last_words(start)
-                self._notes.append(f"the installed daemon does not load, and the one that serves stays: {said}")
-            elif self._spare.ready_fd in ready:
-                self._hear(self._spare)
+        assert self._spare is not None
+        if not self._spare.wait_until_loaded(states.START_S):
+            self._bury_spare()
+            said = self._journal.last_words(start)
+            self._notes.append(f"the installed daemon does not load, and the one that serves stays: {said}")
         return self._spare is not None
 
     def _bury_spare(self) -> None:
@@ -314,8 +345,9 @@ class Supervisor:
     def _start_probe(self) -> None:
         if self._probe is not None or self._end is not None:
             return
+        self._journal.shorten()  # a daemon may serve for months, and log a line for each read that fails
         try:
-            self._probe = Probe(self._options.mountpoint, self._device)
+            self._probe = Probe(self._options.mountpoint)
         except OSError as error:  # no memory, no processes
             self._probe_at = time.monotonic() + SECOND_PROBE_S
             self._journal.say(f"the mount cannot be asked: {error}")
@@ -324,17 +356,20 @@ class Supervisor:
 
     def _end_probe(self) -> None:
         assert self._probe is not None
-        outcome = self._probe.outcome()
+        is_answered = self._probe.finding().is_answer_of(self._device)
         self._drop_probe()
-        is_early = self._state.probes == 0 or outcome is not Outcome.ANSWERED
+        is_early = self._state.probes == 0 or not is_answered
         self._probe_at = time.monotonic() + (
             min(SECOND_PROBE_S, self._options.watch) if is_early else self._options.watch
         )
-        if outcome is Outcome.ANSWERED:
+        if is_answered:
             self._happened(states.ProbeAnswered())
+            self._deposit.renew()
             is_well = self._state.phase is Phase.SERVING and self._state.failures == 0 and self._state.probes > 1
             if is_well and self._options.spare and self._spare is None:
                 self._load_spare()
+        else:
+            self._look_at_connection()
 
     def _drop_probe(self) -> None:
         if self._probe is not None:
@@ -343,22 +378,22 @@ class Supervisor:
             self._probe = None
 
     def _refuse(self, is_on: bool) -> None:
-        with contextlib.suppress(FileNotFoundError):  # the connection has ended
-            self._poll.modify(self._fuse_fd, select.POLLIN if is_on else 0)
         self._journal.say("requests fail until a daemon comes up" if is_on else "requests wait for the daemon")
         if is_on:
-            refusing.take_back(self._fuse_fd)
+            self._comes_again = refusing.take_back(self._fuse_fd)
 
     # The mount.
 
     def _is_mounted(self) -> bool:
         return any(
-            mount.device == self._device and mount.mountpoint == self._options.mountpoint for mount in kernel.mounts()
+            mount.device == self._device and mount.mountpoint == self._options.mountpoint
+            for mount in MountTable.now().of_kind(kernel.FS_TYPE)
         )
 
     def _unmount(self) -> None:
-        if not self._is_mounted():
-            return
+        there = MountTable.now().at(self._options.mountpoint)
+        if there is None or there.device != self._device:
+            return  # somebody else did, or what is seen there is another's, mounted over ours
         try:
             kernel.unmount(self._options.mountpoint, lazy=False)
         except OSError as error:
@@ -376,7 +411,7 @@ class Supervisor:
             kernel.mount(self._fuse_fd, options.mountpoint, f"shoal:{options.dataset}", allow_other=options.allow_other)
         except OSError as error:
             return states.MountRefused(places.refusal(options.mountpoint, error))
-        made = kernel.find(options.mountpoint)
+        made = MountTable.now().at(options.mountpoint)
         self._device = made.device if made is not None else ""
         return states.Mounted()
 
@@ -430,16 +465,25 @@ class Supervisor:
             since=self._since,
             log=self._journal.path,
             daemon_module=options.daemon_module,
+            timeout_s=options.timeout,
+            local_tier=options.local_tier,
+            local_tier_size=options.local_tier_size,
+            pid_namespace=rundir.namespace("pid"),
+            mount_namespace=rundir.namespace("mnt"),
         )
 
     def _hand_over(self) -> None:
         can = self._state.phase in (Phase.STARTING, Phase.SERVING, Phase.WAITING)
         refusal = "" if can else f"it is {self._state.phase}"
         held = Held(self._fuse_fd, self._state_fd, None if self._daemon is None else self._daemon.ready_fd)
-        self._successor = handover.give(self._listener, self._record(), held, refusal=refusal)
+        self._successor = handover.give(self._listener, self._record(), held, self._finish_daemon, refusal=refusal)
         if self._successor is not None:
             self._journal.say("a successor took over")
             self._happened(states.SuccessorTookOver())
+
+    def _finish_daemon(self) -> None:
+        if self._daemon is not None:
+            self._daemon.finish(states.FINISH_S)
 
 
 def _signals() -> int:
@@ -493,7 +537,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--watch", type=float, default=WATCH_S, help="seconds between two requests through the mount")
     refuse_help = "daemons that may fail in a row until requests fail, too; 0: they wait for good"
     parser.add_argument("--refuse-after", type=int, default=states.FAILURES_TO_REFUSE, help=refuse_help)
+    parser.add_argument("--local-tier", default="", help="an absolute path; of a mount that is taken over, its own")
+    parser.add_argument("--local-tier-size", type=int, default=0, help="bytes")
     parser.add_argument("--daemon-module", default=DAEMON)
+    timeout_help = "seconds that one read may take; 0: what the daemon takes by itself"
+    parser.add_argument("--timeout", type=float, default=0.0, help=timeout_help)
     raw = parser.parse_args(argv)
     journal = Journal()
     try:

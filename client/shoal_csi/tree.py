@@ -87,6 +87,11 @@ class Tree:
         """Files below the root."""
         return self._root.stop - self._root.start
 
+    @property
+    def rows(self) -> range:
+        """Of the files below the root."""
+        return range(self._root.start, self._root.stop)
+
     def is_dir(self, inode: int) -> bool:
         return inode == ROOT_ID or inode >= self._first_directory
 
@@ -140,11 +145,7 @@ class Tree:
         Raises:
             NotFound: there is no such directory.
         """
-        pieces: list[bytes] = []
-        for piece in self._entries(inode, offset, limit, is_plus):
-            pieces.append(piece)
-            limit -= len(piece)
-        return b"".join(pieces)
+        return b"".join(self._entries(inode, offset, limit, is_plus))
 
     def _entries(self, inode: int, offset: int, limit: int, is_plus: bool) -> Iterator[bytes]:
         place = self._place_of(inode)
@@ -156,7 +157,7 @@ class Tree:
                 entry = protocol.pack_dirent(dot, number, name, None, is_plus=is_plus)
                 limit -= len(entry)
                 yield entry
-        row = max(place.start, offset - _AFTER_DOTS)
+        row = self._first_unlisted(place, max(place.start, offset - _AFTER_DOTS))
         if row == 0 and self._rows and not self._paths.raw(0):
             if self._object_name:
                 entry, count = self._pack(np.zeros(1, np.int64), self._object_name, limit, is_plus)
@@ -190,6 +191,19 @@ class Tree:
                     limit -= len(entry)
                     yield entry
                 row = after
+
+    def _first_unlisted(self, place: Place, row: int) -> int:
+        """`row`, or the first one after the directory that it lies in, which the entry before it was.
+
+        Anybody may seek to anywhere, and what an entry says the kernel takes for the name's inode, for all who use the
+        mount: one that begins inside a directory would give its name to another one.
+        """
+        if place.start < row < place.stop:
+            path = self._paths.raw(row)
+            slash = path.find(b"/", len(place.prefix))
+            if slash >= 0 and self._paths.raw(row - 1).startswith(path[: slash + 1]):
+                return self._paths.first_not_below(path[:slash] + b"0", row + 1, place.stop)
+        return row
 
     def _first_nested(self, start: int, stop: int, skip: int) -> tuple[int, int]:
         """The first row from `start` on, and before `stop`, in a directory of this one, and where its name ends."""

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import cold, mounted, mounts, other_node, prefetch, same_node
+from benchmarks import cold, contest, mounted, mounts, other_node, path_reads, prefetch, same_node
 from benchmarks.harness import Outcome, Series, Spread, Turn, cpu_seconds, percentile
 from benchmarks.report import Findings
 from benchmarks.stage import TINY, scale
@@ -163,16 +164,65 @@ def test_loaders_runs_tiny(tmp_path: Path) -> None:
         assert all(one["cpu_s_per_gb"] > 0 for one in each["contenders"].values())
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="mounting takes root and /dev/fuse")
-def test_mounted_runs_tiny(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.mounted", "--tiny", "--workdir", str(tmp_path)]
+MOUNTS = pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="mounting takes root and /dev/fuse"
+)
+
+
+def run_mounted(tmp_path: Path, *args: str) -> tuple[dict[str, Any], str]:
+    command = [sys.executable, "-m", "benchmarks.mounted", "--tiny", "--workdir", str(tmp_path), *args]
     command += ["--json", str(tmp_path / "mounted.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "mounted.json").read_text())
-    assert [line["what"] for line in result["lines"]] == list(mounted.TARGETS)
-    assert all(line["ratio"] > 0 and line["what"] in done.stdout for line in result["lines"])
-    assert result["reports"]["large"]["opens_passthrough"] > 0
-    assert result["reports"]["small"]["opens_silently"]
+    result: dict[str, Any] = json.loads((tmp_path / "mounted.json").read_text())
+    for line in (line for lines in result["sections"].values() for line in lines):
+        assert line["rate"]["least"] > 0 and line["what"] in done.stdout and line["who"] in done.stdout
     assert "MISSED" not in done.stdout, "a tiny run judges nothing"
     assert {path.name for path in tmp_path.iterdir()} == {"mounted.json"}
+    return result, done.stdout
+
+
+@MOUNTS
+def test_mounted_runs_tiny(tmp_path: Path) -> None:
+    result, _ = run_mounted(tmp_path)
+    large, small = (mounted.SEQUENTIAL, mounted.RANDOM, mounted.MAP), (mounted.OPENS, mounted.FIND)
+    plainly = [(what, who) for what in large for who in (mounted.MOUNT, mounted.PLAIN, mounted.SEALED)]
+    plainly += [(what, who) for what in small for who in (mounted.MOUNT, mounted.PLAIN)]
+    firsts = [(mounted.FIRST, who) for who in (mounted.MOUNT, mounted.STEPS, mounted.WHOLE)]
+    found = {name: [(line["what"], line["who"]) for line in lines] for name, lines in result["sections"].items()}
+    assert found == {"beside plain files": plainly, "first read": firsts}
+    judged = {(line["what"], line["who"]): line["target"] for lines in result["sections"].values() for line in lines}
+    assert {key: target for key, target in judged.items() if target} == {
+        **{(what, mounted.PLAIN): target for what, target in mounted.TARGETS.items()},
+        **{(mounted.FIRST, who): target for who, target in mounted.FIRST_TARGETS.items()},
+    }
+    assert result["reports"]["large"]["opens_passthrough"] > 0
+    assert result["reports"]["small"]["opens_silently"]
+    assert result["reports"]["first"]["opens_passthrough"] == 0, "the bytes came from another node"
+    assert not result["left_out"]
+
+
+@pytest.mark.long
+@MOUNTS
+def test_mounted_runs_tiny_beside_peers(tmp_path: Path) -> None:
+    result, told = run_mounted(tmp_path, "--peers")
+    running = {line["who"] for line in result["sections"].get("beside peers", [])} & set(mounted.PEER_TARGETS)
+    assert running | set(result["left_out"]) == set(mounted.PEER_TARGETS)
+    assert all(reason in told for reason in result["left_out"].values())
+    if running:
+        assert {line["who"] for line in result["sections"]["first read"]} >= running | {mounted.COLD}
+
+
+def test_a_line_says_what_its_rate_cost() -> None:
+    def operations(name: str, *turns: tuple[float, float]) -> Series:
+        outcomes = [Outcome(seconds, 0, {path_reads.OPERATIONS: 100}) for seconds, _ in turns]
+        return Series(name, tuple(Turn(o, cpu, cpu / 2) for o, (_, cpu) in zip(outcomes, turns, strict=True)))
+
+    ours, theirs = operations("ours", (1, 2), (2, 2), (4, 2)), operations("theirs", (4, 8), (4, 8), (4, 8))
+    first, other = contest.judge("opens", [ours, theirs], {"theirs": 2.1})
+    assert (first.rate, first.ratio, first.is_met) == (Spread(50, 25, 100), None, None)
+    assert (other.rate.median, other.ratio, other.is_met) == (25, 2.0, False)
+    assert (other.cpu_s, other.servers_cpu_s, other.is_operations) == (80, 40, True)
+    by_bytes = series("ours", (2, 4 * 10**9, 1))
+    (line,) = contest.judge("bytes", [by_bytes], {})
+    assert (line.rate.median, line.cpu_s, line.is_operations) == (2e9, 0.25, False)

@@ -23,8 +23,10 @@ import pytest
 
 from shoal.cli.control import Control
 from shoal.devcluster import DevCluster
-from shoal_csi import bind, capability, mounts
+from shoal.errors import NotFound
+from shoal_csi import bind, capability, mounts, rundir
 from shoal_csi import csi_pb2 as pb
+from shoal_csi.rundir import Record
 from tests.support import csi
 from tests.support.csi import Driver, Mode, Place, again, code_of, driver, files_in
 from tests.support.waiting import wait_for
@@ -564,6 +566,29 @@ def test_a_dead_mount_that_nobody_uses_is_detached(place: Place, shoal: DevClust
         wait_for(lambda: _nothing_is_left(place))
 
 
+def test_a_round_that_fails_is_not_the_last(place: Place, shoal: DevCluster) -> None:
+    folder = place.state / "mounts"
+    shared = folder / f"one@{_digest(shoal, 'one')}" / "1"
+    with driver(place, shoal.environment()):
+        folder.rmdir()
+        wait_for(lambda: "cannot be looked after, trying again" in place.log.read_text())
+        with csi.silent_mount(str(shared), "shoal"):
+            pass
+        wait_for(lambda: f"detached {shared}, which has lost its server" in place.log.read_text())
+
+
+def test_a_volume_stays_until_there_is_what_takes_its_place(place: Place) -> None:
+    """What a pod would find instead is an empty folder of the node."""
+    target = place.target("a")
+    Path(target).mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "before", target], check=True)
+    with pytest.raises(NotFound, match="'gone' is missing"):
+        bind.replace(str(place.stand_in / "one"), "gone", target, capability.ALWAYS)
+    assert [mount.source for mount in place.published()] == ["before"]
+    bind.replace(str(place.stand_in / "one"), "train", target, capability.ALWAYS)
+    assert files_in(target).keys() == {"0.bin", "1.bin"}
+
+
 def test_a_dead_volume_is_published_anew(place: Place, running: Driver) -> None:
     target = place.target("a")
     with csi.silent_mount(target, "somebody's"):
@@ -669,13 +694,19 @@ def test_a_volume_outlives_all_processes_of_its_mount(place: Place, real: Callab
     first = real()
     target = place.target("a")
     first.publish(target, {"dataset": "one", "subpath": "train"})
+    file = Path(place.target("file"))  # as the kubelet binds a volume's `subPath` for a container
+    file.touch()
+    subprocess.run(["mount", "--bind", f"{target}/1.bin", file], check=True)
     first.kill()
     (mounted,) = _served(place)
     for pid in (mounted["supervisor_pid"], mounted["daemon_pid"]):
         os.kill(pid, signal.SIGKILL)
     second = real()
-    wait_for(lambda: "bound again: 1 volumes" in place.log.read_text())
+    wait_for(lambda: "bound again: 2 volumes" in place.log.read_text())
     assert files_in(target).keys() == {"0.bin", "1.bin"}
+    assert file.read_bytes() == FILES["train/1.bin"]
+    subprocess.run(["umount", file], check=True)
+    file.unlink()
     second.unpublish(target)
     assert _nothing_is_left(place)
     assert _served(place) == []
@@ -710,22 +741,29 @@ PLUGIN = ("unshare", "--mount", "--propagation", "unchanged", "--pid", "--fork",
 POD = ("unshare", "--mount", "--propagation", "slave", "sleep", "600")
 
 
+@contextlib.contextmanager
+def containers(place: Place, shoal: DevCluster) -> Iterator[tuple[contextlib.ExitStack, Callable[..., Driver]]]:
+    """What starts the plugin in a container of its own, with a run directory and a socket of the names given."""
+    subprocess.run(["mount", "--bind", str(place.path), str(place.path)], check=True)
+    subprocess.run(["mount", "--make-shared", str(place.path)], check=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(subprocess.run, ["umount", "-l", "-R", str(place.path)], check=False)
+
+        def container(run_dir: str, socket: str = "csi.sock") -> Driver:
+            environment = {**shoal.environment(), "SHOAL_RUN_DIR": str(place.path / run_dir)}
+            return stack.enter_context(driver(place, environment, "--probe-timeout", "5", wrapper=PLUGIN, name=socket))
+
+        yield stack, container
+
+
 @pytest.mark.parametrize("run_dirs", [("first", "second"), ("run", "run")], ids=["own", "of_the_host"])
 def test_containers_of_the_plugin_come_and_go(place: Place, shoal: DevCluster, run_dirs: tuple[str, str]) -> None:
     """A pod that outlives the plugin's container reads on when the next one is there.
 
     Where supervisors keep their notes may be a folder of the container or of the host.
     """
-    subprocess.run(["mount", "--bind", str(place.path), str(place.path)], check=True)
-    subprocess.run(["mount", "--make-shared", str(place.path)], check=True)
     target = place.target("a")
-    with contextlib.ExitStack() as stack:
-        stack.callback(subprocess.run, ["umount", "-l", "-R", str(place.path)], check=False)
-
-        def container(name: str) -> Driver:
-            environment = {**shoal.environment(), "SHOAL_RUN_DIR": str(place.path / name)}
-            return stack.enter_context(driver(place, environment, "--probe-timeout", "5", wrapper=PLUGIN))
-
+    with containers(place, shoal) as (stack, container):
         first = container(run_dirs[0])
         first.publish(target, {"dataset": "one", "subpath": "train"})
         pod = stack.enter_context(subprocess.Popen(POD))
@@ -742,6 +780,65 @@ def test_containers_of_the_plugin_come_and_go(place: Place, shoal: DevCluster, r
         second.unpublish(target)
         assert _nothing_is_left(place)
         assert not seen.parent.exists()
+
+
+def test_a_mount_outlives_the_plugins_container_where_there_is_a_descriptor_store(
+    place: Place, shoal: DevCluster
+) -> None:
+    """A container of its own holds what the other loses: no volume is bound again, and who asks meanwhile waits."""
+    target = place.target("a")
+    with containers(place, shoal) as (stack, container), ThreadPoolExecutor(1) as pool:
+        environment = Driver.environment(place)
+        store = subprocess.Popen(
+            [sys.executable, "-m", "shoal_csi.fdstore"], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        stack.enter_context(store)
+        stack.callback(store.kill)
+        assert store.stderr is not None and "serves at" in store.stderr.readline()
+        first = container("run")
+        first.publish(target, {"dataset": "one", "subpath": "train"})
+        (mount,) = place.mounted()
+        with Path(target, "1.bin").open("rb") as file:
+            first.kill()
+            waiting = pool.submit(os.statvfs, target)
+            second = container("run")
+            assert waiting.result(60).f_files > 0
+            assert file.read() == FILES["train/1.bin"]
+        assert place.mounted() == [mount]
+        assert "bound again" not in place.log.read_text()
+        second.unpublish(target)
+        wait_for(lambda: _nothing_is_left(place))
+
+
+def test_a_newer_container_takes_the_mounts_over_while_the_older_one_lives(place: Place, shoal: DevCluster) -> None:
+    """As where a DaemonSet has maxSurge: each has a socket of its own, and only the run directory is both's."""
+    target = place.target("a")
+    with containers(place, shoal) as (_, container):
+        old = container("run", "old.sock")
+        old.publish(target, {"dataset": "one", "subpath": "train"})
+        (mount,) = place.mounted()
+        (record,) = _records(place)
+        with Path(target, "1.bin").open("rb") as file:
+            new = container("run", "new.sock")
+            wait_for(lambda: "is taken over from another container" in place.log.read_text())
+            wait_for(lambda: _is_served_elsewhere(place, record))
+            old.kill()
+            assert os.statvfs(target).f_files > 0
+            assert file.read() == FILES["train/1.bin"]
+        assert place.mounted() == [mount]
+        assert "bound again" not in place.log.read_text()
+        new.unpublish(target)
+        wait_for(lambda: _nothing_is_left(place))
+
+
+def _records(place: Place) -> list[Record]:
+    paths = (path for path in (place.path / "run").iterdir() if path.is_dir())
+    return [record for path in paths if (record := rundir.read(path)) is not None]
+
+
+def _is_served_elsewhere(place: Place, before: Record) -> bool:
+    (record,) = _records(place)
+    return record.mount_namespace != before.mount_namespace and record.state == "serving"
 
 
 def _is_dead(target: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import filecmp
 import itertools
@@ -10,9 +11,11 @@ import json
 import mmap
 import os
 import random
+import select
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import tarfile
@@ -25,7 +28,8 @@ import pytest
 
 from shoal.cli.control import Control
 from shoal.devcluster import DevCluster
-from shoal_csi import kernel
+from shoal_csi import kernel, refusing
+from shoal_csi.mount_table import MountTable
 from tests.cluster.conftest import filesystem
 from tests.support.mounted import DEADLINE_S, Mounted
 from tests.support.processes import Child, stopped
@@ -130,6 +134,11 @@ def read_plainly(path: Path) -> bytes:
         os.close(fd)
 
 
+def state_of(pid: int) -> str:
+    """What a process does (proc(5)): "S" where any signal wakes it, "D" where at most the one that kills it does."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def drop_caches(path: Path) -> None:
     """Have the kernel forget the pages of a file, as far as nobody maps them."""
     with path.open("rb") as file:
@@ -224,6 +233,50 @@ def test_others_may_read(mounted: Mounted) -> None:
     assert len(subprocess.run(command, capture_output=True, check=True).stdout) == 37 * 11
 
 
+def test_a_pod_with_users_of_its_own_reads(mounted: Mounted) -> None:
+    """A kubelet shows it the volume with its owners mapped (mount_setattr(2)), which a file system must allow."""
+    library = ctypes.CDLL(None, use_errno=True)
+    with subprocess.Popen(["unshare", "--user", "sleep", "600"]) as pod:
+        try:
+            namespace = Path(f"/proc/{pod.pid}/ns/user")
+            wait_for(lambda: namespace.readlink() != Path("/proc/self/ns/user").readlink())
+            for kind in ("uid", "gid"):
+                Path(f"/proc/{pod.pid}/{kind}_map").write_text("0 100000 65536")
+            # open_tree(OPEN_TREE_CLONE), and mount_setattr(AT_EMPTY_PATH) of MOUNT_ATTR_IDMAP.
+            tree = library.syscall(428, -100, os.fsencode(mounted.path), 1 | os.O_CLOEXEC)
+            users = os.open(namespace, os.O_RDONLY)
+            attributes = struct.pack("<4Q", 0x100000, 0, 0, users)
+            assert library.syscall(442, tree, b"", 0x1000, attributes, len(attributes)) == 0, ctypes.get_errno()
+            os.close(users)
+        finally:
+            pod.kill()
+    assert os.stat("empty", dir_fd=tree).st_uid == 100000
+    with os.fdopen(os.open("small/1/11.txt", os.O_RDONLY, dir_fd=tree), "rb") as file:
+        assert len(file.read()) == 37 * 11
+    os.close(tree)
+
+
+def test_nobody_makes_a_name_another_directory(make: Callable[[dict[str, bytes]], Dataset]) -> None:
+    """What a listing says of a name holds for all who use the mount, and anybody may list from any offset."""
+    objects = {"a/x/file": b"right", "a/y/x/file": b"wrong", "b": b"b"}
+    dataset = make(objects)
+
+    def list_from_within(root: Path, say: Callable[[object], None]) -> None:
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        fd = os.open(root, os.O_RDONLY)
+        os.stat("a", dir_fd=fd)  # after a look-up the kernel asks for attributes with the next names, and keeps them
+        os.lseek(fd, 3, os.SEEK_SET)  # after the first object, which is in "a"
+        say([entry.name for entry in os.scandir(fd)])
+
+    with Mounted(dataset.name, dataset.cluster.environment()) as mount:
+        mount.path.parent.chmod(0o755)
+        with Child(lambda say: list_from_within(mount.path, say)) as child:
+            assert child.heard() == ["b"]
+        assert (mount.path / "a/x/file").read_bytes() == b"right"
+        assert {name: (mount.path / name).read_bytes() for name in objects} == objects
+
+
 def test_subpath(filled: Dataset) -> None:
     with Mounted(filled.name, filled.cluster.environment(), ["--subpath", "small/with space"]) as mount:
         assert sorted(p.name for p in mount.path.iterdir()) == ["ü.txt"]
@@ -279,6 +332,21 @@ def test_the_kernel_reads_local_files_by_itself(filled: Dataset) -> None:
         with (mount.path / name).open("rb") as file:
             assert mount.report()["opens_passthrough"] == 1
             assert file.read() == (filled.origin / name).read_bytes()
+
+
+def test_files_closed_while_requests_fail_are_not_open_any_more(filled: Dataset) -> None:
+    """Else the drive's space of a shard that was read by the kernel would never come free."""
+    with Mounted(filled.name, filled.cluster.environment()) as mount:
+        name = owned_by(filled, mount, 0)[0]
+        filled.fill(mount, name)
+        with (mount.path / name).open("rb"):
+            assert mount.report()["opens_passthrough"] == 1
+            mount.kill()
+        comes_again = refusing.take_back(mount.fd)
+        assert select.select([mount.fd], [], [], DEADLINE_S)[0], "the kernel tells of the end of the open"
+        refusing.refuse(mount.fd, comes_again=comes_again)
+        mount.start()
+        wait_for(lambda: mount.report()["open_inodes"] == 0)
 
 
 def test_opens_of_a_file_agree(make: Callable[[dict[str, bytes]], Dataset]) -> None:
@@ -454,14 +522,14 @@ def test_the_server_ends_with_its_mount(filled: Dataset) -> None:
         with (mount.path / "empty").open("rb"), pytest.raises(OSError, match="busy"):
             kernel.unmount(str(mount.path), lazy=False)
         assert mount.unmount() == 0
-        assert kernel.find(str(mount.path)) is None
+        assert MountTable.now().at(str(mount.path)) is None
 
 
 def test_a_mount_whose_server_is_dead_is_unmounted(filled: Dataset) -> None:
     with Mounted(filled.name, filled.cluster.environment()) as mount:
         mount.kill()
         kernel.unmount(str(mount.path), lazy=False)
-        assert kernel.find(str(mount.path)) is None
+        assert MountTable.now().at(str(mount.path)) is None
 
 
 # When bytes cannot be had
@@ -489,10 +557,39 @@ def test_a_reader_that_is_killed_does_not_wait(make: Callable[[dict[str, bytes]]
         reader = subprocess.Popen([sys.executable, "-c", program, mount.path / "a.bin"], stdout=subprocess.PIPE)
         assert reader.stdout is not None
         assert reader.stdout.readline() == b"\n"
-        before = mount.report()["requests"]
-        wait_for(lambda: mount.report()["requests"] > before)
+        wait_for(lambda: state_of(reader.pid) == "D")
         reader.kill()
-        assert reader.wait(DEADLINE_S) == -signal.SIGKILL, "nobody answers, and it ends all the same"
+        assert reader.wait(DEADLINE_S) == -signal.SIGKILL
+        assert "cannot be read" not in mount.log(), "nobody answers, and it ends all the same"
+        reader.stdout.close()
+
+
+def test_a_reader_that_is_killed_after_another_signal_does_not_wait(
+    make: Callable[[dict[str, bytes]], Dataset],
+) -> None:
+    """Whoever is asked to end is often made to, later. Without the page cache the kernel itself does not let go."""
+    dataset = make({"a.bin": bytes(3 << 20)})
+    program = (
+        "import mmap, os, signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "fd, memory = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, 4096)\n"
+        "print(flush=True)\n"
+        "os.preadv(fd, [memory], 1 << 20)\n"
+    )
+    with Mounted(dataset.name, dataset.cluster.environment()) as mount, contextlib.ExitStack() as frozen:
+        for node in dataset.cluster.nodes:
+            frozen.enter_context(stopped(node.pid))
+        reader = subprocess.Popen([sys.executable, "-c", program, mount.path / "a.bin"], stdout=subprocess.PIPE)
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == b"\n"
+        wait_for(lambda: state_of(reader.pid) == "S")
+        reader.terminate()
+        wait_for(lambda: state_of(reader.pid) == "D")  # from now on it waits for nothing but its answer, or its end
+        for _ in range(8):
+            mount.report()  # the server has heard of the signal by now
+        reader.kill()
+        assert reader.wait(DEADLINE_S) == -signal.SIGKILL
+        assert "cannot be read" not in mount.log(), "it did not wait for the read to fail"
         reader.stdout.close()
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from shoal.devcluster import DevCluster
 from shoal_csi import kernel
+from shoal_csi.server import MOUNT_XATTR
 from tests.cluster.conftest import S3Dataset
 from tests.support.mounting import STAND_IN, Place, wants_fuse
 from tests.support.processes import is_stopped
@@ -158,6 +159,34 @@ def test_busy_one_is_not_unmounted_unless_lazily(place: Place, dataset: S3Datase
     wait_for(lambda: place.processes() == [])
 
 
+def tier_of(place: Place) -> dict[str, Any]:
+    """What the daemon says of its local tier."""
+    found: dict[str, Any] = json.loads(os.getxattr(place.mountpoint, MOUNT_XATTR))["local_tier"]
+    return {key: found[key] for key in ("directory", "limit_bytes")}
+
+
+def test_each_daemon_goes_on_with_the_local_tier(place: Place, dataset: S3Dataset) -> None:
+    tier = place.directory / "tier"
+    tier.mkdir()
+    words = ("--local-tier", os.path.relpath(tier), "--local-tier-size", "1GiB")
+    said(place, "mount", dataset.name, place.mountpoint, *words)
+    expected = {"directory": str(tier), "limit_bytes": 1 << 30}
+    assert tier_of(place) == expected
+    place.wait_for_spare()
+    place.kill_daemon()
+    place.wait_for_state("serving", restarts=1)
+    assert tier_of(place) == expected
+    os.kill(place.record.supervisor_pid, signal.SIGKILL)
+    wait_for(lambda: place.listed()[0]["state"] == "unsupervised")
+    said(place, "mount", "--upgrade", place.mountpoint)
+    assert tier_of(place) == expected
+    other = place.directory / "other"
+    other.mkdir()
+    said(place, "mount", "--upgrade", place.mountpoint, "--local-tier", str(other), "--local-tier-size", "2GiB")
+    wait_for(lambda: tier_of(place) == {"directory": str(other), "limit_bytes": 2 << 30})
+    assert tree(place) == OBJECTS
+
+
 # Mistakes. After each of them nothing is mounted and nothing runs.
 
 
@@ -195,6 +224,16 @@ def test_no_place_for_a_mount(place: Place, dataset: S3Dataset) -> None:
     said(place, "mount", dataset.name, place.mountpoint)
     assert "is already a mount" in sentence(place, "mount", dataset.name, place.mountpoint)
     assert tree(place) == OBJECTS
+
+
+def test_no_place_for_a_local_tier(place: Place, dataset: S3Dataset) -> None:
+    none = place.directory / "none"
+    words = ("mount", dataset.name, place.mountpoint, "--local-tier", str(none))
+    assert f"mkdir -m 700 {none}" in sentence(place, *words, "--local-tier-size", "1GiB")
+    none.mkdir()
+    assert "--local-tier-size" in sentence(place, *words, "--local-tier-size", "1KiB")
+    assert "together" in place.run("shoal.cli", *words).stderr
+    assert not place.is_mounted() and place.processes() == []
 
 
 def test_where_mounting_is_not_allowed(place: Place, dataset: S3Dataset) -> None:

@@ -30,7 +30,7 @@ def on_small_drive(tmp_path: Path) -> Iterator[MiniCluster]:
     """A node that may use 1 GiB, on a drive of 1 MiB."""
     with (
         filesystems.memory(tmp_path / "node0", 1 << 20),
-        MiniCluster(tmp_path, OBJECTS, part_size=4 * KIB, shard_size=16 * KIB, retry_s=0.2) as cluster,
+        MiniCluster(tmp_path, OBJECTS, part_size=4 * KIB, shard_size=16 * KIB, retry_s=0.2, recent_bytes=0) as cluster,
     ):
         yield cluster
 

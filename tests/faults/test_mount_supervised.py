@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from shoal_csi import kernel, rundir
+from shoal_csi import journal, kernel, rundir
+from shoal_csi.mount_table import MountTable
 from tests.support import fuse_stand_in
 from tests.support.mounting import STAND_IN, Place, wants_fuse
 from tests.support.processes import Child, Say, is_stopped, stopped
@@ -170,6 +171,37 @@ def test_run_directory_removed_under_a_mount(place: Place) -> None:
     assert read(place) == FIRST
 
 
+def test_the_log_of_a_daemon_that_serves_on_stays_short(place: Place) -> None:
+    """It may lie in memory, and a daemon that has much to say of failing reads may live for months."""
+    place.mount("--watch", "0.2")
+    (log,) = place.run_dir.glob("*.log")
+    with log.open("ab") as file:
+        file.write(b"a read failed\n" * (2 * journal.MOST_BYTES // 14))
+    wait_for(lambda: log.stat().st_size < journal.MOST_BYTES)
+    before = log.with_name(f"{log.name}.1").stat()
+    assert (before.st_size, before.st_mode & 0o777) == (journal.MOST_BYTES, 0o600)
+    assert place.record.restarts == 0
+
+
+def test_a_file_that_somebody_gave_for_the_log_is_theirs(tmp_path: Path) -> None:
+    given = tmp_path / "log"
+    given.write_bytes(b"x" * (journal.MOST_BYTES + 1))
+    with given.open("ab") as file:
+        code = "from shoal_csi.journal import Journal; Journal().shorten()"
+        subprocess.run([sys.executable, "-c", code], env=Place.paths(), stderr=file, check=True)
+    assert given.stat().st_size == journal.MOST_BYTES + 1
+
+
+def test_the_first_mount_of_a_machine_does_not_shut_local_readers_out(tmp_path: Path) -> None:
+    """The node's socket is in the run directory, too, for everybody."""
+    run_dir = tmp_path / "run" / "shoal"
+    environment = Place.paths() | {"SHOAL_RUN_DIR": str(run_dir)}
+    code = "from shoal_csi.journal import Journal; Journal().to_file('/mnt')"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, umask=0o022)
+    assert run_dir.stat().st_mode & 0o777 == 0o755
+    assert [path.stat().st_mode & 0o777 for path in run_dir.iterdir()] == [0o600]
+
+
 def _is_removed(directory: Path) -> bool:
     shutil.rmtree(directory, ignore_errors=True)  # where something is just being written, the next time
     return not directory.exists()
@@ -252,6 +284,43 @@ def test_newly_installed_supervisor_takes_over_from_the_one_that_is_there(place:
     wait_for(lambda: place.processes() == [])
 
 
+def test_an_upgrade_whose_command_is_interrupted_leaves_the_mount(place: Place) -> None:
+    """A new daemon that does not come up, as while the cluster is upgraded too, costs time and nothing else."""
+    place.mount()
+    before = place.record.supervisor_pid
+    (place.steps / "say").write_text("no cluster")
+    words = ["mount", "--upgrade", place.mountpoint, "--daemon-module", STAND_IN]
+    with subprocess.Popen([sys.executable, "-m", "shoal.cli", *words], env=place.environment) as command:
+        wait_for(lambda: place.record.supervisor_pid != before and place.record.failures > 0)
+        command.send_signal(signal.SIGINT)
+        assert command.wait(20) != 0
+    (place.steps / "say").unlink()
+    assert read(place) == FIRST
+    place.wait_for_state("serving")
+
+
+#: A process that may not take descriptors from others.
+UNABLE = ("setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace")
+
+
+def test_an_upgrade_that_cannot_have_the_descriptors_leaves_the_mount(place: Place) -> None:
+    place.mount().kill()
+    words = ("--mountpoint", place.mountpoint, "--take-over", "--background")
+    command = [*UNABLE, sys.executable, "-m", "shoal_csi.supervisor", *words]
+    done = subprocess.run(command, env=place.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "can be taken over" in done.stderr, done
+    assert read(place) == FIRST
+
+
+def test_what_is_mounted_anew_is_as_private_as_before(place: Place) -> None:
+    place.mount("--no-allow-other").kill()
+    command = [*UNABLE, sys.executable, "-m", "shoal_csi.mounts", "recover"]
+    subprocess.run(command, env=place.environment, check=True)
+    wait_for(lambda: len(place.listed()) == 1 and place.listed()[0]["state"] == "serving")
+    (line,) = (line for line in Path("/proc/mounts").read_text().splitlines() if place.mountpoint in line)
+    assert "default_permissions" in line and "allow_other" not in line
+
+
 # It is unmounted.
 
 
@@ -317,6 +386,29 @@ def test_detached_by_somebody_else_and_mounted_anew_while_a_file_is_open(place: 
     assert second.poll() is None and read(place) == FIRST
 
 
+def test_detached_at_the_moment_at_which_the_daemon_ends(place: Place) -> None:
+    """The kernel tells once of what is mounted or unmounted."""
+    supervisor = place.mount()
+    with opened(place, 1) as fd:
+        with stopped(supervisor.pid):
+            place.kill_daemon()
+            kernel.unmount(place.mountpoint, lazy=True)
+        wait_for(lambda: any("-" in path.name for path in place.run_dir.iterdir()))
+        assert os.pread(fd, fuse_stand_in.SIZE, 0) == fuse_stand_in.content(1)
+    assert supervisor.wait(20) == 0
+
+
+def test_what_is_mounted_over_it_is_left_alone(place: Place) -> None:
+    supervisor = place.mount()
+    subprocess.run(["mount", "-t", "tmpfs", "over", place.mountpoint], check=True)
+    supervisor.terminate()
+    place.wait_for_state("stopping")
+    supervisor.terminate()
+    assert supervisor.wait(20) == 0
+    there = MountTable.now().at(place.mountpoint)
+    assert there is not None and there.kind == "tmpfs"
+
+
 def _daemon_of(place: Place, supervisor_pid: int) -> int:
     (pid,) = (each["daemon_pid"] for each in place.listed() if each["supervisor_pid"] == supervisor_pid)
     return int(pid)
@@ -328,6 +420,17 @@ def test_connection_cut_by_somebody(place: Place) -> None:
     with opened(place, 1), pytest.raises(OSError, match=os.strerror(errno.EBUSY)):
         kernel.unmount(place.mountpoint, lazy=False, force=True)
     assert supervisor.wait(20) == 1
+    assert not place.is_mounted() and place.processes() == []
+
+
+def test_connection_cut_while_the_daemon_is_stopped(place: Place) -> None:
+    """It does not notice, so the supervisor's next request through the mount tells."""
+    supervisor = place.mount("--watch", "0.3")
+    with opened(place, 1):
+        place.kill_daemon(number=signal.SIGSTOP)
+        with pytest.raises(OSError, match=os.strerror(errno.EBUSY)):
+            kernel.unmount(place.mountpoint, lazy=False, force=True)
+        assert supervisor.wait(20) == 1
     assert not place.is_mounted() and place.processes() == []
 
 
@@ -378,6 +481,17 @@ def test_supervisor_killed_while_it_serves(place: Place) -> None:
         place.kill_daemon()
         assert os.pread(fd, fuse_stand_in.SIZE, 0) == fuse_stand_in.content(1)
     assert place.wait_for_state("serving").restarts == 1
+
+
+def test_supervisor_killed_while_its_daemon_is_stopped(place: Place) -> None:
+    """The kernel hangs up those of a session that are stopped when nobody is left there to let them go on: so a daemon
+    has a session of its own."""
+    supervisor = place.mount()
+    with stopped(place.daemon_pid):
+        supervisor.kill()
+        supervisor.wait(20)
+        assert is_stopped(place.daemon_pid)
+    assert read(place) == FIRST
 
 
 @pytest.mark.parametrize("step", ["start", "init", "loaded"])

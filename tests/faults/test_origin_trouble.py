@@ -180,7 +180,7 @@ def test_what_another_node_filled_in_the_owners_stead_is_served_while_the_origin
         one, other = (cluster.nodes[n].ready for n in (0, 1))
         Transport().get(str(other["http"]), row.target, shard_client.avoiding([str(one["id"])]))
         wait_for(lambda: bool(shards.held(1)[late]))
-        time.sleep(2 * ANSWER_AGE_S)
+        time.sleep(2 * ANSWER_AGE_S)  # the owner, another process, takes what it heard so lately for new
         origin.rename(tmp_path / "away")
         assert fs.cat_file(f"set/{names[late]}") == OBJECTS[names[late]]
         assert Fetched.by(cluster, 0).from_peers == len(OBJECTS[names[late]])

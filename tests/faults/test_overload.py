@@ -31,15 +31,15 @@ from shoal.wire import batch, http_connection, http_server
 from shoal.wire.batch import ShardRange
 from shoal.wire.http_messages import Request, Response
 from shoal.wire.http_server import HttpServer
-from shoal_cachenode import batches, passing
+from shoal_cachenode import batches, passing, recent
 from tests.support import raw_http
 from tests.support.waiting import wait_for
 
 READERS = 1000
 SIZE_BYTES = 12 << 20
 DATA = random.Random(11).randbytes(SIZE_BYTES)
-#: What a node may hold beyond what it began with: its two bounds for slow readers, and a little for each connection.
-BOUND_BYTES = passing.PASSING_BYTES + batches.BATCHES_BYTES + READERS * (64 << 10)
+#: What a node may hold beyond what it began with: its bounds for slow readers, and a little for each connection.
+BOUND_BYTES = passing.PASSING_BYTES + recent.RECENT_BYTES + batches.BATCHES_BYTES + READERS * (64 << 10)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from tests.faults.soak import content, plan
 from tests.faults.soak.__main__ import soak
 from tests.faults.soak.content import Content
 from tests.faults.soak.plan import TRACKS, Kind
+from tests.faults.soak.report import Memory
 from tests.faults.soak.verdict import Facts, Window, explanation, judge
 
 
@@ -61,6 +62,15 @@ def test_no_fault_ends_the_first_node_or_the_first_reader(nodes: int) -> None:
 
 def test_every_kind_of_fault_is_in_the_plan() -> None:
     assert {kind for track in TRACKS for kind in track.kinds} == set(Kind)
+
+
+def test_a_leak_is_told_from_bursts() -> None:
+    """Of 900 samples each fifth is one right after free pages were given back."""
+    times = [2.0 * number for number in range(900)]
+    bursts = [(60 + (number % 5) * number / 20) * 2**20 for number in range(900)]
+    leak = [size + number * 0.2 * 2**20 for number, size in enumerate(bursts)]
+    assert Memory.of("node-0", list(zip(times, map(int, bursts), strict=True))).is_flat
+    assert not Memory.of("node-0", list(zip(times, map(int, leak), strict=True))).is_flat
 
 
 @pytest.mark.parametrize("size", [1, 777, 5_000_000])

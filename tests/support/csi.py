@@ -92,14 +92,22 @@ class Driver:
     Args:
         args: more of its flags.
         wrapper: a command that becomes the driver's.
+        name: of its socket.
 
     Attributes:
         socket: as an endpoint.
     """
 
-    def __init__(self, place: Place, environment: Mapping[str, str], *args: str, wrapper: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        place: Place,
+        environment: Mapping[str, str],
+        *args: str,
+        wrapper: Sequence[str] = (),
+        name: str = "csi.sock",
+    ) -> None:
         self.place = place
-        self.socket = f"unix://{place.path}/csi.sock"
+        self.socket = f"unix://{place.path}/{name}"
         command = [
             *wrapper,
             sys.executable,
@@ -111,9 +119,7 @@ class Driver:
             str(place.state),
         ]
         command += ["--node-id", "node-1", "--look-after-every", "0.5", *args]
-        roots = os.pathsep.join(str(ROOT / name) for name in ("client", "controller", "cachenode"))
-        own = {"PYTHONPATH": roots, "STAND_IN": str(place.stand_in), "SHOAL_RUN_DIR": str(place.path / "run")}
-        env = {**os.environ, **own, **environment}
+        env = {**self.environment(place), **environment}
         with place.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
         assert self.process.stdout is not None
@@ -123,6 +129,13 @@ class Driver:
         self.identity: Any = IdentityStub(self._channel)
         self.controller: Any = ControllerStub(self._channel)
         self.node: Any = NodeStub(self._channel)
+
+    @staticmethod
+    def environment(place: Place) -> dict[str, str]:
+        """Of what is started for a place."""
+        roots = os.pathsep.join(str(ROOT / name) for name in ("client", "controller", "cachenode"))
+        own = {"PYTHONPATH": roots, "STAND_IN": str(place.stand_in), "SHOAL_RUN_DIR": str(place.path / "run")}
+        return {**os.environ, **own}
 
     def publish(
         self,
@@ -183,9 +196,11 @@ class Driver:
 
 
 @contextmanager
-def driver(place: Place, environment: Mapping[str, str], *args: str, wrapper: Sequence[str] = ()) -> Iterator[Driver]:
+def driver(
+    place: Place, environment: Mapping[str, str], *args: str, wrapper: Sequence[str] = (), name: str = "csi.sock"
+) -> Iterator[Driver]:
     """A driver over the stand-in, unless there are `args`."""
-    running = Driver(place, environment, *(args or ("--mount-command", STAND_IN)), wrapper=wrapper)
+    running = Driver(place, environment, *(args or ("--mount-command", STAND_IN)), wrapper=wrapper, name=name)
     try:
         yield running
     finally:

@@ -119,9 +119,8 @@ class Server:
             case _ if operation == _GETATTR:
                 self.reply(unique, struct.pack("<QII", 3600, 0, 0) + attributes(node))
             case _ if operation in (_OPEN, _OPENDIR):
-                self.reply(
-                    unique, struct.pack("<QII", 1, 1 if operation == _OPEN else 0, 0)
-                )  # direct_io: each read asks
+                # direct_io: each read asks; noflush: no close does, for which every process that is started would wait.
+                self.reply(unique, struct.pack("<QII", 1, 1 | 1 << 5 if operation == _OPEN else 0, 0))
             case _ if operation == _READ:
                 step("read")
                 _, offset, count = struct.unpack_from("<QQI", body)

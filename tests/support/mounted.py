@@ -89,6 +89,11 @@ class Mounted:
         return ready
 
     @property
+    def fd(self) -> int:
+        """The connection."""
+        return self._fd
+
+    @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
@@ -130,9 +135,8 @@ class Mounted:
             self._process.kill()
             self._process.communicate()
         # Readers that wait for a server that will not come cannot be killed, and may hold the device open themselves.
-        for end in (kernel.abort, lambda path: kernel.unmount(path, lazy=True)):
-            with contextlib.suppress(OSError):
-                end(str(self.path))
+        with contextlib.suppress(OSError):
+            kernel.unmount(str(self.path), lazy=True, force=True)
         for fd in (self._fd, self._state_fd):
             if fd >= 0:
                 os.close(fd)

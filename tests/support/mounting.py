@@ -10,10 +10,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,7 @@ from typing import Any, Self
 import pytest
 
 from shoal_csi import kernel, rundir
+from shoal_csi.mount_table import MountTable
 from shoal_csi.rundir import Record
 from tests.support.waiting import wait_for
 
@@ -60,6 +62,7 @@ class Place:
         own = {"SHOAL_RUN_DIR": str(self.run_dir), "SHOAL_STAND_IN": str(self.steps)}
         self.environment = self.paths() | dict(environment or {}) | own
         self.supervisors: list[subprocess.Popen[str]] = []
+        self.stores: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -67,15 +70,12 @@ class Place:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        while kernel.find(self.mountpoint) is not None:
+        self.kill_all()
+        while MountTable.now().at(self.mountpoint) is not None:
             kernel.unmount(self.mountpoint, lazy=True, force=True)
-        for supervisor in self.supervisors:
-            supervisor.kill()
-            supervisor.communicate()
-        wait_for(lambda: not self.processes())
+        for started in (*self.supervisors, *self.stores):
+            started.kill()
+            started.communicate()
         shutil.rmtree(self.directory)
 
     @staticmethod
@@ -86,11 +86,11 @@ class Place:
 
     # Supervisors.
 
-    def supervise(self, *words: str, module: str = STAND_IN) -> subprocess.Popen[str]:
-        """Start one; `ready` waits for it."""
+    def supervise(self, *words: str, module: str = STAND_IN, wrapper: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """Start one, as what the command `wrapper` becomes; `ready` waits for it."""
         own = ["--mountpoint", self.mountpoint, "--dataset", "set@1234", "--daemon-module", module]
         process = subprocess.Popen(
-            [sys.executable, "-m", "shoal_csi.supervisor", *own, *words, "--background"],
+            [*wrapper, sys.executable, "-m", "shoal_csi.supervisor", *own, *words, "--background"],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -112,6 +112,29 @@ class Place:
         assert line.startswith("ready "), (line, process.stderr.read() if process.stderr else "", self.log())
         said: dict[str, Any] = json.loads(line.removeprefix("ready "))
         return said
+
+    def store(self, *words: str) -> subprocess.Popen[str]:
+        """A descriptor store that serves, or waits for the end of the one that does."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "shoal_csi.fdstore", *words],
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.stores.append(process)
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert "serves at" in line, line
+        return process
+
+    def stored(self) -> dict[str, str]:
+        """What the store says that it has."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(str(self.run_dir / "fdstore.socket"))
+            sock.send(b"list")
+            lines = sock.recv(1 << 16).decode().splitlines()
+        return {line.split()[0]: line.split()[1] for line in lines}
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """``python -m WORDS…`` in the place's environment."""
@@ -153,6 +176,18 @@ class Place:
     def kill_daemon(self, *, number: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.daemon_pid, number)
 
+    def kill_all(self, *, but: Sequence[subprocess.Popen[str]] = ()) -> None:
+        """End whoever was started for this place, supervisors first, so that none does anything about it."""
+        pids = sorted({*self.processes()} - {each.pid for each in but})
+        for pid in pids:  # a supervisor is older than its daemons
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        asks = {pid for pid in pids if _is_question(pid)}  # one that waits in the mount may do so for longer
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not {*self.processes()} & {*pids} - asks)
+
     def wait_for_spare(self) -> int:
         """Wait until a daemon is loaded and waits for its turn; its pid."""
         wait_for(lambda: self.record.spare_pid is not None)
@@ -160,7 +195,7 @@ class Place:
         return self.record.spare_pid
 
     def is_mounted(self) -> bool:
-        return kernel.find(self.mountpoint) is not None
+        return MountTable.now().at(self.mountpoint) is not None
 
     def log(self) -> str:
         return "".join(path.read_text() for path in self.run_dir.glob("*.log"))
@@ -174,6 +209,13 @@ class Place:
                 if path.name.isdecimal() and mark in (path / "environ").read_bytes().split(b"\0"):
                     found.append(int(path.name))
         return found
+
+
+def _is_question(pid: int) -> bool:
+    """Whether a process is one of `shoal_csi.probing`."""
+    with contextlib.suppress(OSError):
+        return b"-c" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return False
 
 
 wants_fuse = pytest.mark.skipif(bool(why := why_not()), reason=why)

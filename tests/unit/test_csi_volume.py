@@ -170,3 +170,16 @@ def test_the_last_of_stacked_mounts_is_seen() -> None:
     table = MountTable.parse("\n".join([line.format(1), line.format(2)]))
     mount = table.at("/mnt/x")
     assert mount is not None and mount.device == "0:2"
+
+
+def test_mounts_are_read_from_mountinfo() -> None:
+    text = (
+        "36 35 98:0 /mnt1 /mnt/with\\040space rw,noatime master:1 - ext3 /dev/root rw\n"
+        "37 36 0:50 / /m ro,nosuid - fuse.shoal shoal:set@ab ro,user_id=0\n"
+    )
+    table = MountTable.parse(text)
+    first, second = table.at("/mnt/with space"), table.at("/m")
+    assert first is not None and second is not None
+    assert table.of_kind("fuse.shoal") == [second]
+    assert (first.root, first.kind, first.options) == ("/mnt1", "ext3", {"rw", "noatime"})
+    assert (second.device, second.kind, second.source) == ("0:50", "fuse.shoal", "shoal:set@ab")

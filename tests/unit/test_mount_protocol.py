@@ -17,7 +17,7 @@ from shoal import snapshot as snapshots
 from shoal.datasets import DatasetRecord
 from shoal.reader import ObjectReader
 from shoal.snapshot import Snapshot
-from shoal_csi import kernel, protocol
+from shoal_csi import protocol
 from shoal_csi.protocol import IN_HEADER, OUT_HEADER, Attributes, Init, Malformed, Offer, Opcode
 from shoal_csi.server import Served, Server
 from shoal_csi.state import State
@@ -126,16 +126,6 @@ def test_entries_packed_together_are_those_packed_one_by_one(names: list[bytes],
             break
         expected, fitting = expected + entry, fitting + 1
     assert (packed, taken) == (expected, fitting)
-
-
-def test_mounts_are_read_from_mountinfo() -> None:
-    text = (
-        "36 35 98:0 /mnt1 /mnt/with\\040space rw,noatime master:1 - ext3 /dev/root rw\n"
-        "37 36 0:50 / /m ro,nosuid - fuse.shoal shoal:set@ab ro,user_id=0\n"
-    )
-    first, second = kernel.parse_mounts(text)
-    assert (first.mountpoint, first.root, first.fs_type) == ("/mnt/with space", "/mnt1", "ext3")
-    assert (second.device, second.fs_type, second.source) == ("0:50", "fuse.shoal", "shoal:set@ab")
 
 
 class Wire:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.errors import NodeUnavailable, OriginChanged, OriginDenied
+from shoal.errors import DeadlineExceeded, NodeUnavailable, OriginChanged, OriginDenied, SnapshotNotFound
 from shoal.reader import ObjectReader
-from shoal.shards import Piece
+from shoal.shards import PART_SIZE, Piece
 from shoal_csi import failures
+from shoal_csi import reads as mount_reads
 from shoal_csi.readahead import MAX_WINDOW, MIN_WINDOW, Readahead, Window
 from shoal_csi.reads import Reads
 from tests.support.waiting import wait_for
@@ -95,6 +97,7 @@ class Source:
         self.asked: list[tuple[int, int, int]] = []
         self.may_go_on = threading.Event()
         self.may_go_on.set()
+        self.timeout_s = 20.0
         self.fails_from = size_bytes  # reads of more than this many bytes raise
 
     def reader(self, row: int) -> ObjectReader:
@@ -102,6 +105,7 @@ class Source:
 
         class Reader:
             size_bytes = source.size_bytes
+            timeout_s = source.timeout_s
 
             def __init__(self) -> None:
                 self.row = row
@@ -112,8 +116,10 @@ class Source:
             def mapped(self, piece: Piece) -> None:
                 return None
 
-            def read_buffer(self, start: int, end: int) -> pa.Buffer:
-                source.may_go_on.wait(20)
+            def read_buffer(self, start: int, end: int, until: float | None = None) -> pa.Buffer:
+                left_s = 20.0 if until is None else until - time.monotonic()
+                if not source.may_go_on.wait(left_s):
+                    raise DeadlineExceeded("too late")
                 source.asked.append((row, start, end))
                 if end - start > source.fails_from:
                     raise NodeUnavailable("nobody")
@@ -194,6 +200,63 @@ def test_a_window_that_fails_is_no_failure() -> None:
     reads.close()
 
 
+def test_a_read_is_over_in_time_whatever_it_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread, a window that hangs, or the node."""
+    monkeypatch.setattr(mount_reads, "LONG_S", 1e9)
+    source = Source()
+    source.timeout_s = 0.3
+    reads = Reads(source.reader)
+    with pytest.raises(DeadlineExceeded, match=r"it waited 0.3 s for reads before it"):
+        reads.read(1, 0, STEP, lambda _: None, time.monotonic() - 1)
+    assert source.asked == []
+    for start in range(0, 4 * STEP, STEP):
+        assert got(reads, 1, start, start + STEP) == content(1, start, start + STEP)
+    wait_for(lambda: reads.is_at_hand(1, 4 * STEP, 5 * STEP))
+    source.may_go_on.clear()
+    with pytest.raises(DeadlineExceeded):
+        got(reads, 1, 20 * MIB, 20 * MIB + STEP)
+    for start in range(4 * STEP, 20 * MIB, STEP):  # until one of the windows that are now on their way is met
+        try:
+            got(reads, 1, start, start + STEP)
+        except DeadlineExceeded:
+            break
+    else:
+        pytest.fail("all came")
+    source.may_go_on.set()
+    reads.close()
+
+
+def test_a_failure_that_took_long_is_told_again_and_soon_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mount_reads, "LONG_S", 0.0)
+    monkeypatch.setattr(mount_reads, "TOLD_AGAIN_S", 1e9)
+    source = Source()
+    source.fails_from = STEP
+    reads = Reads(source.reader)
+    with pytest.raises(NodeUnavailable) as first:
+        got(reads, 1, 0, 2 * STEP)
+    asked = len(source.asked)
+    with pytest.raises(NodeUnavailable) as second:
+        got(reads, 1, STEP, STEP + 4096)  # the page that is asked for after it was to be read ahead
+    assert second.value is first.value and len(source.asked) == asked
+    assert got(reads, 1, 2 * STEP, 3 * STEP) == content(1, 2 * STEP, 3 * STEP), "other bytes"
+    assert got(reads, 2, 0, STEP) == content(2, 0, STEP), "another object"
+    monkeypatch.setattr(mount_reads, "TOLD_AGAIN_S", 0.0)
+    assert got(reads, 1, 0, STEP) == content(1, 0, STEP)
+    reads.close()
+
+
+def test_a_failure_of_bytes_that_may_fare_differently_is_not_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails of two parts may be the one, and the other is there."""
+    monkeypatch.setattr(mount_reads, "LONG_S", 0.0)
+    source = Source()
+    source.fails_from = STEP
+    reads = Reads(source.reader)
+    with pytest.raises(NodeUnavailable):
+        got(reads, 1, PART_SIZE - STEP, PART_SIZE + STEP)
+    assert got(reads, 1, PART_SIZE - STEP, PART_SIZE) == content(1, PART_SIZE - STEP, PART_SIZE)
+    reads.close()
+
+
 def test_errnos() -> None:
     changed = OriginChanged("x changed: run 'shoal dataset refresh set'")
     assert failures.errno_of(changed) == 116
@@ -203,3 +266,6 @@ def test_errnos() -> None:
     assert "'a/b' of dataset set" in told
     assert "ESTALE" in told
     assert "mount again" in told
+    gone = failures.sentence("a/b", "set", SnapshotNotFound("snapshot 12 belongs to no dataset here"))
+    assert "ENOENT" in gone and "is unmounted" in gone
+    assert "shoal mount --timeout" in failures.sentence("a/b", "set", DeadlineExceeded("not read within 300 s"))

@@ -50,9 +50,9 @@ def model(paths: list[str], under: str = "") -> dict[str, Any]:
     return root
 
 
-def entries(tree: Tree, inode: int, limit: int, *, is_plus: bool) -> list[tuple[str, int, bool]]:
-    """All entries of a directory (name, inode, is directory), read as the kernel does: `limit` bytes a time."""
-    found, offset = [], 0
+def entries(tree: Tree, inode: int, limit: int, *, is_plus: bool, offset: int = 0) -> list[tuple[str, int, bool]]:
+    """Entries of a directory from `offset` on (name, inode, is directory), read as the kernel does: `limit` a time."""
+    found = []
     while data := tree.read_dir(inode, offset, limit, is_plus=is_plus):
         assert len(data) <= limit
         at = 0
@@ -89,6 +89,16 @@ def test_the_tree_is_that_of_the_paths(paths: list[str], limit: int, is_plus: bo
     tree = make(paths)
     assert walk(tree, ROOT_ID, limit, is_plus) == model(paths)
     assert tree.left_out == len(paths) - sum(1 for _ in _files(model(paths)))
+
+
+@given(_paths, st.integers(0, 30), st.booleans())
+def test_entries_are_what_their_names_are_wherever_a_reader_begins(
+    paths: list[str], offset: int, is_plus: bool
+) -> None:
+    """Whoever has a directory open may seek to any offset, also to one that no entry gave."""
+    tree = make(paths)
+    whole = entries(tree, ROOT_ID, 4096, is_plus=is_plus)
+    assert set(entries(tree, ROOT_ID, 4096, is_plus=is_plus, offset=offset)) <= set(whole)
 
 
 def _files(found: dict[str, Any]) -> Any:

@@ -139,6 +139,18 @@ def test_it_is_a_use_of_the_dataset_and_no_read_of_the_shard(make: Callable[...,
         assert node.usage.unread_bytes == 0
 
 
+def test_a_head_is_a_use_of_the_dataset_and_fetches_nothing(make: Callable[..., MiniCluster]) -> None:
+    with make() as cluster:
+        node = cluster.nodes[0]
+        node.usage._last_used.clear()
+        fs = cluster.filesystem()
+        reader = fs.object_reader(fs.cluster.dataset("set"), cluster.snapshot, 0)
+        told: set[str] = set()
+        assert (reader.tell_of_use(told), reader.tell_of_use(told)) == (1, 0)
+        assert node.usage.last_used_s("set") > 0
+        assert cluster.origin.bytes_read == 0 and is_empty(cluster)
+
+
 def test_a_batch_may_say_it_too(make: Callable[..., MiniCluster]) -> None:
     with make(2) as cluster:
         ranges = [ShardRange(0, index, 5, 10) for index in range(3)]

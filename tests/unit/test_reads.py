@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,6 @@ import tenacity
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shoal import watch
 from shoal.errors import NodeUnavailable, OriginChanged, OriginUnavailable, Overloaded
 from tests.support.minicluster import MiniCluster
 
@@ -128,6 +128,19 @@ def test_full_node_passes_reads_through(tmp_path: Path) -> None:
         assert cluster.nodes[0].counters.served_through_bytes.value > 0
 
 
+def test_readers_of_what_passes_through_share_the_origins_bytes(tmp_path: Path) -> None:
+    plain = content("x", 5000)
+    with MiniCluster(tmp_path, {"o": plain}, part_size=64, shard_size=512, capacity_bytes=1024) as cluster:
+        assert cluster.filesystem().cat_file("set/o") == plain
+        cluster.origin.reads.clear()
+        cluster.nodes[0].recent.clear()
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(lambda _: cluster.filesystem().cat_file("set/o"), range(8))) == {plain}
+        held = cluster.nodes[0].store.used_bytes
+        assert held and cluster.origin.bytes_read == len(plain) - held
+        assert cluster.nodes[0].recent.given.value == 7 * (len(plain) - held)
+
+
 def test_dead_node_is_passed_over(tmp_path: Path) -> None:
     plain = content("x", 5000)
     with MiniCluster(tmp_path, {"o": plain}, nodes=3, part_size=64, shard_size=512) as cluster:
@@ -147,8 +160,7 @@ def test_all_nodes_dead_is_one_sentence(tmp_path: Path) -> None:
             fs.cat_file("set/o")
 
 
-def test_new_owner_fills_from_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "HASTY_S", 60.0)  # all nodes are in this process: where one is late it is not grey
+def test_new_owner_fills_from_the_old_one(tmp_path: Path) -> None:
     plain = content("x", 20_000)
     with MiniCluster(tmp_path, {"o": plain}, nodes=3, part_size=64, shard_size=512, rebalance_rate=0) as cluster:
         cluster.publish(absent=(2,))

@@ -46,6 +46,7 @@ class Node:
         self.start()
 
     def start(self, **settings: Any) -> None:
+        settings.setdefault("recent_bytes", 0)  # what passed through comes from the origin again
         self.cluster = Unpublished(self.directory, OBJECTS, capacity_bytes=COUNT * SIZE, **settings)
         self.node = self.cluster.nodes[0]
         self.snapshots: dict[str, Snapshot] = {}

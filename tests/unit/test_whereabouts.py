@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
-from shoal_cachenode.whereabouts import ANSWER_AGE_S, Known, Whereabouts
+import pytest
+
+from shoal_cachenode import whereabouts
+from shoal_cachenode.whereabouts import Known, Whereabouts
 from tests.support.minicluster import MiniCluster
 
 
@@ -31,8 +33,9 @@ def test_a_thread_may_ask_who_holds_a_shard_while_a_peer_answers() -> None:
     assert asyncio.run(holders()) == {"first", "second"}
 
 
-def test_what_a_peer_got_while_an_origin_was_tried_is_heard_of(tmp_path: Path) -> None:
+def test_what_a_peer_got_while_an_origin_was_tried_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read of an origin that fails is tried for 20 s, and others' failures have asked the peers meanwhile."""
+    monkeypatch.setattr(whereabouts, "ANSWER_AGE_S", 0.0)
     objects = {f"o{number}": b"x" * 100 for number in range(40)}
     with MiniCluster(tmp_path, objects, nodes=2, rebalance_rate=0) as cluster:
         asking, filling = cluster.nodes
@@ -41,6 +44,5 @@ def test_what_a_peer_got_while_an_origin_was_tried_is_heard_of(tmp_path: Path) -
         fs = cluster.filesystem(node=1)
         assert {path: fs.cat_file(f"set/{path}") for path in objects} == objects
         cluster.run(filling.fills.settle())
-        time.sleep(2 * ANSWER_AGE_S)
         found.ask_from_thread(digest)
         assert any(filling.id in found.holders(digest, ordinal) for ordinal in range(len(objects)))

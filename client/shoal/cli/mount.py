@@ -36,6 +36,7 @@ Examples:
   shoal mount flights /mnt/flights
   shoal mount flights@3f9a /mnt/flights --subpath 2013
   shoal mount flights /mnt/flights --foreground
+  shoal mount flights /mnt/flights --local-tier /nvme/shoal-tier --local-tier-size 100GiB
   shoal mount                                      # what is mounted
   shoal mount --upgrade /mnt/flights               # newly installed programs, files stay open
 """
@@ -48,11 +49,19 @@ Json = dict[str, Any]
 @click.option("--subpath", default="", metavar="PATH", help="Mount this directory of the dataset.")
 @click.option("--foreground", is_flag=True, help="Stay, with the log on stderr; Ctrl-C unmounts.")
 @click.option("--allow-other/--no-allow-other", default=True, help="Let users other than this one read.")
+@click.option("--local-tier", metavar="DIR", help="Keep objects that other nodes have here, for faster reads.")
+@click.option("--local-tier-size", type=output.SizeType(), metavar="SIZE", help="What DIR may hold, such as 100GiB.")
 @click.option("--upgrade", is_flag=True, help="Put new processes in the place of those that serve MOUNTPOINT.")
 @click.option(
     "--spare/--no-spare",
     default=True,
     help="Keep a second process loaded, for a short wait when one ends.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0.1),
+    metavar="SECONDS",
+    help="What one read may take, second tries included, before its reader gets ETIMEDOUT; 300 unless given.",
 )
 @click.option("--daemon-module", default="", hidden=True)
 @connect.endpoint_option
@@ -62,8 +71,11 @@ def mount(
     subpath: str,
     foreground: bool,
     allow_other: bool,
+    local_tier: str | None,
+    local_tier_size: int | None,
     upgrade: bool,
     spare: bool,
+    timeout: float | None,
     daemon_module: str,
     endpoint: str | None,
     as_json: bool,
@@ -80,8 +92,10 @@ def mount(
         )
     command = [sys.executable, "-m", "shoal_csi.supervisor", "--mountpoint", words[-1]]
     command += [] if spare else ["--no-spare"]
+    command += ["--timeout", str(timeout)] if timeout is not None else []
     command += ["--daemon-module", daemon_module] if daemon_module else []
     command += ["--endpoint", endpoint] if endpoint else []
+    command += _tier_words(local_tier, local_tier_size)
     if upgrade:
         command += ["--take-over"]
     else:
@@ -91,7 +105,7 @@ def mount(
     if foreground:
         command += ["--announce", "json" if as_json else "text"]
         os.execve(command[0], command, _environment())
-    said = _start([*command, "--background"])
+    said = _start([*command, "--background"], is_new=not upgrade)
     for note in said["notes"]:
         output.remark(note)
     if as_json:
@@ -100,6 +114,14 @@ def mount(
         output.data(f"shoal://{said['dataset']} is mounted at {said['mountpoint']}")
         output.remark(f"'shoal umount {said['mountpoint']}' unmounts it; log {said['log']}")
     return None
+
+
+def _tier_words(directory: str | None, size_bytes: int | None) -> list[str]:
+    if directory is None and size_bytes is None:
+        return []
+    if not directory or size_bytes is None:
+        raise click.UsageError("give --local-tier and --local-tier-size together, or neither")
+    return ["--local-tier", str(Path(directory).resolve()), "--local-tier-size", str(size_bytes)]
 
 
 UMOUNT_EXAMPLES = """\b
@@ -141,8 +163,12 @@ def _resolve(name: str, subpath: str, endpoint: str | None) -> tuple[str, str]:
 # The programs.
 
 
-def _start(command: Sequence[str]) -> Json:
+def _start(command: Sequence[str], *, is_new: bool) -> Json:
     """Start a supervisor, and return what it says when the mount answers.
+
+    Args:
+        is_new: of a mount that nobody uses yet: it is taken away again where it does not answer, or where this command
+            is interrupted. One that was there before stays, and its new supervisor goes on.
 
     Raises:
         ShoalError: it ended before that, with its own sentence, or took too long.
@@ -157,10 +183,15 @@ def _start(command: Sequence[str]) -> Json:
     )
     with _stopped_unless_done(process) as done:
         assert process.stdout is not None and process.stderr is not None
-        line = _line_within(process.stdout, MOUNT_WITHIN_S)
+        if not is_new:
+            done.append(True)
+        try:
+            line = _line_within(process.stdout, MOUNT_WITHIN_S)
+        except TimeoutError as error:
+            rest = "and was taken away again" if is_new else "and is worked on: 'shoal mount' says how it fares"
+            raise ShoalError(f"the mount did not answer within {MOUNT_WITHIN_S:.0f} s, {rest}") from error
         if line.startswith(b"ready "):
             done.append(True)
-            process.returncode = 0  # it lives on; Python need not warn of that
             return json.loads(line.removeprefix(b"ready "))  # type: ignore[no-any-return]
         if line:
             raise ShoalError(f"the mount's supervisor said {line.decode()!r}: is it of another version?")
@@ -173,7 +204,9 @@ def _stopped_unless_done(process: subprocess.Popen[bytes]) -> Iterator[list[bool
     try:
         yield done
     finally:
-        if not done:
+        if done:
+            process.returncode = 0  # it lives on; Python need not warn of that
+        else:
             process.terminate()
             try:
                 process.wait(STOP_WITHIN_S)
@@ -182,12 +215,12 @@ def _stopped_unless_done(process: subprocess.Popen[bytes]) -> Iterator[list[bool
 
 
 def _line_within(stream: IO[bytes], within_s: float) -> bytes:
-    """The first line; b"" where the stream ends without one. Raises ShoalError: neither came."""
+    """The first line; b"" where the stream ends without one. Raises TimeoutError: neither came."""
     deadline, heard = time.monotonic() + within_s, b""
     while not heard.endswith(b"\n"):
         ready, _, _ = select.select([stream], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise ShoalError(f"the mount did not answer within {within_s:.0f} s, and was taken away again")
+            raise TimeoutError
         more = os.read(stream.fileno(), 1 << 16)
         if not more:
             return b""
