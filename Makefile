@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-faults soak bench lint format proto clean
+.PHONY: demo test test-faults soak bench lint format proto chart clean
 
 demo: .venv/.demo  ## start a local cluster and a real S3 origin, run the main job, print what happened
 	$(BIN)/python -m benchmarks.demo
@@ -14,7 +14,8 @@ test: lint  ## everything CI runs
 
 test-faults: .venv/.test  ## every fault test, the long ones too
 	$(BIN)/python -m pytest tests/faults tests/cluster/test_csi.py tests/cluster/test_mount_command.py \
-	  tests/cluster/test_mount_programs.py tests/cluster/test_mount_tier.py -m 'long or not long' --timeout 1200
+	  tests/cluster/test_mount_programs.py tests/cluster/test_mount_tier.py \
+	  -m 'long or not long' --timeout 1200
 
 soak: .venv/.test  ## faults of every kind at random under load: make soak MINUTES=30 SEED=1
 	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),1)
@@ -42,6 +43,9 @@ format: .venv/.test
 
 proto: .venv/.test  ## make the gRPC stubs anew
 	$(BIN)/python -m grpc_tools.protoc -I client --python_out=client --pyi_out=client --grpc_python_out=client client/shoal/wire/shoal.proto client/shoal_csi/csi.proto
+
+chart: .venv/.test  ## make the schema and the table of the chart's values anew
+	$(BIN)/python charts/values.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

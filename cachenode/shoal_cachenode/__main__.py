@@ -218,13 +218,18 @@ def split_address(text: str) -> tuple[str, int]:
 
 
 def parse_topology(text: str) -> dict[str, str]:
-    """Take ``zone=a,rack=b`` apart. Raises InvalidRequest."""
+    """Take ``zone=a,rack=b`` apart. A label without a value is left out: `zone=$ZONE` where no zone is known.
+
+    Raises:
+        InvalidRequest: something in it is no label.
+    """
     labels = {}
     for pair in filter(None, text.split(",")):
         key, equals, value = pair.partition("=")
-        if not equals or not key or not value:
+        if not equals or not key.strip():
             raise InvalidRequest(f"{pair!r} is no topology label: write KEY=VALUE, such as zone=a")
-        labels[key.strip()] = value.strip()
+        if value.strip():
+            labels[key.strip()] = value.strip()
     return labels
 
 
