@@ -15,7 +15,7 @@ test: lint  ## everything CI runs
 test-faults: .venv/.test  ## every fault test, the long ones too
 	$(BIN)/python -m pytest tests/faults tests/cluster/test_csi.py tests/cluster/test_mount_command.py \
 	  tests/cluster/test_mount_programs.py tests/cluster/test_mount_tier.py \
-	  tests/cluster/test_kube_processes.py -m 'long or not long' --timeout 1200
+	  -m 'long or not long' --timeout 1200
 
 soak: .venv/.test  ## faults of every kind at random under load: make soak MINUTES=30 SEED=1
 	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),1)

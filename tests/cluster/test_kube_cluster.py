@@ -28,7 +28,7 @@ from shoal_controller.kube.api import (
     SECRETS,
     Object,
 )
-from tests.support import apiserver
+from tests.support import apiserver, helm
 from tests.support.apiserver import (
     CLUSTER_ROLE_BINDINGS,
     CLUSTER_ROLES,
@@ -43,40 +43,11 @@ from tests.support.kube_clusters import NAME as ACCOUNT
 from tests.support.kube_clusters import KubeCluster
 from tests.support.waiting import wait_for
 
-#: What shoal_controller/kube/__init__.py lists.
-CLUSTER_RULES = [
-    {"apiGroups": ["shoal.io"], "resources": ["datasets"], "verbs": ["get", "list", "watch", "patch"]},
-    {"apiGroups": ["shoal.io"], "resources": ["prefetches"], "verbs": ["get", "list", "watch", "patch", "delete"]},
-    {"apiGroups": ["shoal.io"], "resources": ["datasets/status", "prefetches/status"], "verbs": ["patch"]},
-    {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch", "patch"]},
-    {"apiGroups": [""], "resources": ["nodes"], "verbs": ["list", "watch"]},
-    {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
-]
 SECRET = "origin-credentials"
-NAMESPACED_RULES = [
-    {"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]},
-    {
-        "apiGroups": [""],
-        "resources": ["secrets"],
-        "resourceNames": [f"{ACCOUNT}-record"],
-        "verbs": ["get", "update"],
-    },
-    {"apiGroups": [""], "resources": ["secrets"], "resourceNames": [SECRET], "verbs": ["get"]},
-    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"]},
-    {
-        "apiGroups": ["coordination.k8s.io"],
-        "resources": ["leases"],
-        "resourceNames": [ACCOUNT],
-        "verbs": ["get", "update"],
-    },
-    {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["create"]},
-    {
-        "apiGroups": ["discovery.k8s.io"],
-        "resources": ["endpointslices"],
-        "resourceNames": [ACCOUNT],
-        "verbs": ["get", "update"],
-    },
-]
+_RELEASE = helm.manifests({"origins": {"readableSecrets": [SECRET]}})
+#: The rights that the chart gives the controller, and no others.
+CLUSTER_RULES = helm.named(_RELEASE, "ClusterRole", ACCOUNT)["rules"]
+NAMESPACED_RULES = helm.named(_RELEASE, "Role", ACCOUNT)["rules"]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +75,8 @@ def namespace(server: ApiServer) -> Iterator[str]:
         {"metadata": {"name": name}, "roleRef": {**reference, "kind": "Role"}, "subjects": subject},
         name,
     )
+    # As the chart makes it: the controller may not.
+    server.create(SECRETS, {"metadata": {"name": f"{ACCOUNT}-record"}, "type": "Opaque"}, name)
     try:
         yield name
     finally:
@@ -397,6 +370,7 @@ def test_a_controller_that_is_killed_alone_goes_on(
         ("GET", "/api/v1/namespaces/{namespace}/secrets/other", None),
         ("GET", "/api/v1/namespaces/default/secrets/" + SECRET, None),
         ("DELETE", "/api/v1/namespaces/{namespace}/secrets/" + ACCOUNT + "-record", None),
+        ("POST", "/api/v1/namespaces/{namespace}/secrets", {"metadata": {"name": "x"}}),
         ("POST", "/api/v1/namespaces/{namespace}/pods", {"metadata": {"name": "x"}}),
         ("DELETE", "/api/v1/namespaces/{namespace}/pods/x", None),
         ("POST", "/api/v1/namespaces/{namespace}/pods/x/exec?command=sh", {}),
