@@ -309,7 +309,8 @@ def first_read(
     """Everybody's objects are read once, and lie in the page cache of whoever sends them.
 
     Args:
-        filler: fills the page cache before each turn, so that nobody pays for memory that the machine never used.
+        filler: fills the page cache before, so that nobody pays for memory that the machine never used. Once: where
+            something takes cached memory away again, it would read as much as there is before each turn, in vain.
     """
 
     def of_client(name: str, function: Callable[..., Outcome], *more: int) -> Contender:
@@ -331,7 +332,7 @@ def first_read(
         cold = cluster.mount("once", name=COLD, has_node=False)
         contenders.append(reading.once(replace(cold, servers=(*cold.servers, peers.weed.pid))))
     if filler is not None:
-        contenders = [replace(contender, before=lambda turn: filler.fill()) for contender in contenders]
+        filler.fill()
     return contest.compare(FIRST, contenders, reading.scale.peer_turns, FIRST_TARGETS | PEER_TARGETS)
 
 
