@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from tests.support.apiserver import (
     CLUSTER_ROLE_BINDINGS,
     CLUSTER_ROLES,
     NAMESPACES,
+    POLICIES,
+    POLICY_BINDINGS,
     ROLE_BINDINGS,
     ROLES,
     WEBHOOKS,
@@ -472,7 +475,11 @@ def test_a_pod_is_held_until_its_data_is_there_and_goes_to_it(
     (port,) = ports.free_ports(1)
     args = ["--gate-listen", f"127.0.0.1:{port}", "--gate-cert-dir", str(certificates)]
     make_nodes(server, "node-0", "node-1", "node-9")  # the last one has no cache
-    with shoal(account, namespace, *args) as cluster, registered(server, namespace, authority, port):
+    with (
+        bounded(server, namespace),
+        shoal(account, namespace, *args) as cluster,
+        registered(server, namespace, authority, port),
+    ):
 
         def is_held(name: str) -> bool:
             """Made until the API server has heard of the webhook, which it does in its own time."""
@@ -487,6 +494,15 @@ def test_a_pod_is_held_until_its_data_is_there_and_goes_to_it(
         with pytest.raises(Refused, match=r"shoal.io/datasets: .*write NAME"):
             server.create(PODS, pod("wrong", "d", **{gate.KEY: "d[90]"}), namespace)
 
+        def is_bounded() -> bool:
+            """Once the API server has heard of the policy."""
+            try:
+                account.patch(PODS, "other", {"metadata": {"annotations": {"a": "b"}}}, namespace)
+            except Refused as error:
+                return "only pods that it holds" in str(error)
+            return False
+
+        wait_for(is_bounded)
         wait_for(lambda: "WaitingForData" in _reasons(server, namespace, "train"))
         assert gates(server, "train", namespace) == [gate.GATE]
         server.create(DATASETS, dataset(origin))
@@ -506,6 +522,21 @@ def test_a_pod_is_held_until_its_data_is_there_and_goes_to_it(
         for name, text in (("unrelated", None), ("labelled", "d")):
             server.create(PODS, pod(name, text), namespace)
             assert gates(server, name, namespace) == []
+
+
+@contextmanager
+def bounded(server: ApiServer, namespace: str) -> Iterator[None]:
+    """With the chart's policy of what the controller may change of a pod, for the account of this namespace."""
+    with ExitStack() as stack:
+        for kind, resource in (
+            ("ValidatingAdmissionPolicy", POLICIES),
+            ("ValidatingAdmissionPolicyBinding", POLICY_BINDINGS),
+        ):
+            text = json.dumps(helm.named(_RELEASE, kind, "shoal-gate"))
+            made = json.loads(text.replace(f":{helm.NAMESPACE}:{ACCOUNT}", f":{namespace}:{ACCOUNT}"))
+            server.create(resource, made)
+            stack.callback(server.delete, resource, made["metadata"]["name"])
+        yield
 
 
 def _reasons(server: ApiServer, namespace: str, name: str) -> set[str]:

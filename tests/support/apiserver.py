@@ -54,6 +54,20 @@ WEBHOOKS = Resource(
     "MutatingWebhookConfiguration",
     is_namespaced=False,
 )
+POLICIES = Resource(
+    "admissionregistration.k8s.io",
+    "v1",
+    "validatingadmissionpolicies",
+    "ValidatingAdmissionPolicy",
+    is_namespaced=False,
+)
+POLICY_BINDINGS = Resource(
+    "admissionregistration.k8s.io",
+    "v1",
+    "validatingadmissionpolicybindings",
+    "ValidatingAdmissionPolicyBinding",
+    is_namespaced=False,
+)
 
 
 class Refused(Exception):
