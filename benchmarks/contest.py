@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.harness import Contender, Series, Spread, Turn, interleave
-from benchmarks.path_reads import OPERATIONS
+from benchmarks.path_reads import DRIVE_BYTES, OPERATIONS
 from shoal.cli import output
 
-HEADERS = ("WHAT", "WHO", "RATE>", "LEAST>", "MOST>", "RATIO>", "TARGET>", "", "CPU-S>", "SERVERS'>", "FOR")
+HEADERS = ("WHAT", "WHO", "RATE>", "LEAST>", "MOST>", "RATIO>", "TARGET>", "", "CPU-S>", "SERVERS'>", "FOR", "")
+
+#: More than this share of a line's bytes from a drive is said: its rate is not one of memory then.
+WARM_SHARE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class Line:
         ratio: the first contender's rate to this one's; None for the first itself.
         target: the least ratio that is wanted, if any is.
         cpu_s, servers_cpu_s: for a GB or for 1,000 operations.
+        drive_share: of the bytes, how many the reader had read from a drive.
     """
 
     what: str
@@ -37,6 +41,7 @@ class Line:
     target: float | None
     cpu_s: float
     servers_cpu_s: float
+    drive_share: float
 
     @property
     def is_met(self) -> bool | None:
@@ -54,6 +59,7 @@ class Line:
             f"{self.cpu_s:.3f}",
             f"{self.servers_cpu_s:.3f}",
             "1,000" if self.is_operations else "GB",
+            f"{self.drive_share:.0%} from the drive" if self.drive_share > WARM_SHARE else "",
         ]
 
     def _told(self, rate: float) -> str:
@@ -85,7 +91,9 @@ def _line(what: str, series: Series, rate: Spread, ratio: float | None, targets:
     unit = 1e3 if is_operations else 1e9
     cpu_s = statistics.median(turn.cpu_s / _amount(turn) for turn in series.turns) * unit
     servers = statistics.median(turn.servers_cpu_s / _amount(turn) for turn in series.turns) * unit
-    return Line(what, series.name, is_operations, rate, ratio, targets.get(series.name), cpu_s, servers)
+    drive = sum(turn.outcome.values.get(DRIVE_BYTES, 0) for turn in series.turns)
+    share = drive / max(1, sum(turn.outcome.size_bytes for turn in series.turns))
+    return Line(what, series.name, is_operations, rate, ratio, targets.get(series.name), cpu_s, servers, share)
 
 
 def _amount(turn: Turn) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import resource
 import subprocess
 import time
 from collections.abc import Sequence
@@ -20,20 +21,20 @@ import numpy as np
 from benchmarks.harness import Outcome
 
 SEQUENTIAL_BYTES, RANDOM_BYTES, SMALL_BYTES = 1 << 20, 128 << 10, 4096
-#: In `Outcome.values`, where operations are what is counted.
-OPERATIONS = "operations"
+#: In `Outcome.values`: operations, where they are what is counted, and bytes that this process had read from a drive.
+OPERATIONS, DRIVE_BYTES = "operations", "drive_bytes"
 
 
 def sequential(paths: Sequence[str]) -> Outcome:
     """Each file from its first byte to its last, 1 MiB at a time into one buffer."""
     buffer, size = bytearray(SEQUENTIAL_BYTES), 0
-    started = time.perf_counter()
+    from_drive, started = _drive_bytes(), time.perf_counter()
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         while count := os.readv(fd, [buffer]):
             size += count
         os.close(fd)
-    return Outcome(time.perf_counter() - started, size)
+    return _outcome(started, size, from_drive)
 
 
 def scattered(paths: Sequence[str], file_bytes: int, count: int) -> Outcome:
@@ -41,19 +42,19 @@ def scattered(paths: Sequence[str], file_bytes: int, count: int) -> Outcome:
     buffer, chance = bytearray(RANDOM_BYTES), random.Random(1)
     places = [(chance.randrange(len(paths)), chance.randrange(file_bytes - len(buffer)) & ~4095) for _ in range(count)]
     size = 0
-    started = time.perf_counter()
+    from_drive, started = _drive_bytes(), time.perf_counter()
     fds = [os.open(path, os.O_RDONLY) for path in paths]
     for number, offset in places:
         size += os.preadv(fds[number], [buffer], offset)
     for fd in fds:
         os.close(fd)
-    return Outcome(time.perf_counter() - started, size)
+    return _outcome(started, size, from_drive)
 
 
 def scanned(paths: Sequence[str]) -> Outcome:
     """Each file mapped, every byte of it touched, and unmapped."""
     size = 0
-    started = time.perf_counter()
+    from_drive, started = _drive_bytes(), time.perf_counter()
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
@@ -62,7 +63,7 @@ def scanned(paths: Sequence[str]) -> Outcome:
             size += words.nbytes
             int(words.max())
             del words
-    return Outcome(time.perf_counter() - started, size)
+    return _outcome(started, size, from_drive)
 
 
 def opened(paths: Sequence[str]) -> Outcome:
@@ -83,3 +84,12 @@ def found(directory: str, count: int) -> Outcome:
     if (known := names.count(b"\n")) != count:
         raise RuntimeError(f"{directory} has {known} files instead of {count}")
     return Outcome(seconds, 0, {OPERATIONS: count})
+
+
+def _outcome(started: float, size: int, from_drive: int) -> Outcome:
+    return Outcome(time.perf_counter() - started, size, {DRIVE_BYTES: _drive_bytes() - from_drive})
+
+
+def _drive_bytes() -> int:
+    """getrusage(2) counts in units of 512 bytes; what another process reads for this one is not in it."""
+    return 512 * resource.getrusage(resource.RUSAGE_SELF).ru_inblock

@@ -78,14 +78,16 @@ class Threads:
 
     def close(self) -> None:
         """Cancel what is not begun. What is under way ends by itself."""
+        left = []
         with self._lock:
             self._is_closed = True
             with contextlib.suppress(queue.Empty):
                 while True:
-                    job = self._jobs.get_nowait()
-                    if job is not None and job[0].cancel():
-                        job[0].set_running_or_notify_cancel()
+                    left.append(self._jobs.get_nowait())
             self._jobs.put(None)
+        for job in left:  # without the lock: callbacks may want one that somebody holds who submits
+            if job is not None and job[0].cancel():
+                job[0].set_running_or_notify_cancel()
 
     def join(self, timeout_s: float) -> bool:
         """After `close`: wait for what is under way; whether it was over in time."""

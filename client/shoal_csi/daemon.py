@@ -20,7 +20,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
 import click
 
@@ -39,6 +38,8 @@ log = logging.getLogger(__name__)
 
 #: From SIGTERM on, what is under way may take so long; a successor is handed what is left.
 STOP_GRACE_S = 5.0
+#: Beside the numbers of signals.
+_UNMOUNTED = b"\0"
 
 
 @click.command()
@@ -138,23 +139,21 @@ def serve(state: State, fs: ShoalFileSystem, dataset: str, subpath: str) -> Serv
 
 def run(fd: int, served: Served, state: State, tier: Tier | None, window_bytes: int, renew_s: float) -> int:
     """Serve until the file system is unmounted or SIGTERM comes; the status to end with."""
-    # A descriptor and not a `threading.Event`, whose lock a signal's handler might find held by its own thread.
-    over, is_wanted = os.eventfd(0, os.EFD_CLOEXEC), False
+    # Signals come as bytes of a pipe, as the C handler writes them: one of Python's runs only when this thread is back
+    # from the kernel, and a signal that comes just before read(2) would not have it come back.
+    over, says = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(says, False)
+    signal.set_wakeup_fd(says, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal is_wanted
-        is_wanted = True
-        os.eventfd_write(over, 1)
+    def unmounted() -> None:
+        os.write(says, _UNMOUNTED)
 
-    def on_over() -> None:
-        os.eventfd_write(over, 1)
-
-    server = Server(fd, served, state, on_over=on_over, tier=tier, window_bytes=window_bytes, renew_s=renew_s)
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    server = Server(fd, served, state, on_over=unmounted, tier=tier, window_bytes=window_bytes, renew_s=renew_s)
     server.start()
     print(f"ready {json.dumps(server.report())}", flush=True)
-    os.read(over, 8)  # which goes on after a signal, as `os.eventfd_read` does not
+    is_wanted = os.read(over, 1) != _UNMOUNTED
     if is_wanted and not server.stop(STOP_GRACE_S):
         log.info("requests are under way that take long: a successor will be handed them")
     log.info("served %d requests, and end: %s", server.requests, "SIGTERM" if is_wanted else "unmounted")

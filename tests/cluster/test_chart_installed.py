@@ -14,11 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.support import helm
+from shoal_controller.kube import api as kube_api
+from tests.support import apiserver, helm, kube_clusters
 from tests.support.waiting import wait_for
-
-apiserver = pytest.importorskip("tests.support.apiserver", reason="this tree knows no API server for tests")
-kube_api = pytest.importorskip("shoal_controller.kube.api", reason="this tree's controller knows no Kubernetes")
 
 NAMESPACE = "shoal-installed"
 TEAM = "shoal-team"
@@ -161,7 +159,6 @@ def test_of_a_pod_the_controller_may_change_its_gate_and_affinity_alone(server: 
 
 def test_the_chart_allows_all_that_the_controller_does(server: Any, account: Any, tmp_path: Path) -> None:
     """The process itself, with the account's token and the chart's certificate."""
-    clusters = pytest.importorskip("tests.support.kube_clusters", reason="this tree knows no such clusters")
     certificates = tmp_path / "gate"
     certificates.mkdir()
     for name, text in server.get(kube_api.SECRETS, "shoal-gate", NAMESPACE)["data"].items():
@@ -170,7 +167,7 @@ def test_the_chart_allows_all_that_the_controller_does(server: Any, account: Any
     origin.mkdir()
     (origin / "a.bin").write_bytes(b"a" * 100_000)
     flags = ["--gate-listen", "127.0.0.1:0", "--gate-cert-dir", str(certificates)]
-    with clusters.KubeCluster(account.kubeconfig, NAMESPACE, *flags, nodes=1) as cluster:
+    with kube_clusters.KubeCluster(account.kubeconfig, NAMESPACE, *flags, nodes=1) as cluster:
         spec = {"origin": f"file://{origin}", "secretRef": {"name": "imagenet-s3"}}
         server.create(kube_api.DATASETS, {"metadata": {"name": "imagenet"}, "spec": spec})
         pod = _pod("waits", GATE)

@@ -73,3 +73,25 @@ def test_a_forks_child_starts_its_own() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 4
     gate.set()
     assert held.result(20) and waiting.result(20) == 4
+
+
+def test_what_is_cancelled_may_want_a_lock_that_somebody_holds_who_submits() -> None:
+    threads, gate, theirs, begun = Threads(1, "test"), threading.Event(), threading.Lock(), threading.Event()
+    threads.submit(gate.wait)
+    cancelled = threads.submit(int)
+    done: list[bool] = []
+
+    def on_done(_: object) -> None:
+        begun.set()
+        with theirs:
+            done.append(True)
+
+    cancelled.add_done_callback(on_done)
+    with theirs:
+        closing = threading.Thread(target=threads.close)
+        closing.start()
+        assert begun.wait(20)
+        assert threads.submit(int).result(20) == 0
+    closing.join(20)
+    assert done == [True] and cancelled.cancelled()
+    gate.set()
