@@ -57,17 +57,17 @@ def test_what_is_no_review(wrong: dict[str, Any]) -> None:
 
 
 def certificates(directory: Path, authority: trustme.CA) -> None:
-    certificate = authority.issue_cert("localhost")
+    certificate = authority.issue_cert("localhost", "127.0.0.1")
     directory.mkdir(exist_ok=True)
     certificate.private_key_pem.write_to_path(directory / "tls.key")
     chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
     (directory / "tls.crt").write_bytes(chain)
 
 
-def served(directory: Path, test: Callable[[str], Awaitable[None]]) -> None:
+def served(directory: Path, test: Callable[[str], Awaitable[None]], host: str = "localhost") -> None:
     async def whole() -> None:
         async with asyncio.timeout(20), webhook.served("127.0.0.1", 0, directory) as port:
-            await test(f"https://localhost:{port}")
+            await test(f"https://{host}:{port}")
 
     asyncio.run(whole())
 
@@ -93,7 +93,8 @@ def test_over_tls(tmp_path: Path) -> None:
     served(tmp_path, test)
 
 
-def test_a_renewed_certificate_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])  # with an address a client says no name
+def test_a_renewed_certificate_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     monkeypatch.setattr(webhook, "RELOAD_S", 0.02)
     before, after = trustme.CA(), trustme.CA()
     certificates(tmp_path, before)
@@ -111,7 +112,7 @@ def test_a_renewed_certificate_is_used(tmp_path: Path, monkeypatch: pytest.Monke
                 assert status == 400
                 return
 
-    served(tmp_path, test)
+    served(tmp_path, test, host)
 
 
 def test_a_missing_certificate_is_said(tmp_path: Path) -> None:

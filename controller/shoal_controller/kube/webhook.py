@@ -69,9 +69,8 @@ async def served(host: str, port: int, certificates: Path) -> AsyncIterator[int]
     Raises:
         StoreUnusable: the certificate cannot be read, or the address not listened on.
     """
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        loaded = await asyncio.to_thread(_load, context, certificates)
+        certificate = await asyncio.to_thread(_Certificate, certificates)
     except OSError as error:
         raise StoreUnusable(
             f"the gate's certificate in {certificates} cannot be used ({error}): it needs tls.crt and tls.key; name "
@@ -81,9 +80,9 @@ async def served(host: str, port: int, certificates: Path) -> AsyncIterator[int]
     app.router.add_post(PATH, _handle)
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
-    renewing = asyncio.create_task(_renew(context, certificates, loaded))
+    renewing = asyncio.create_task(certificate.renew())
     try:
-        site = web.TCPSite(runner, host, port, ssl_context=context)
+        site = web.TCPSite(runner, host, port, ssl_context=certificate.listening)
         try:
             await site.start()
         except OSError as error:
@@ -97,22 +96,44 @@ async def served(host: str, port: int, certificates: Path) -> AsyncIterator[int]
         await runner.cleanup()
 
 
-def _load(context: ssl.SSLContext, certificates: Path) -> tuple[bytes, bytes]:
-    """Read the certificate; handshakes from now on use it. Returns what was read. Raises OSError."""
-    certificate, key = certificates / "tls.crt", certificates / "tls.key"
-    content = certificate.read_bytes(), key.read_bytes()
-    context.load_cert_chain(certificate, key)
-    return content
+class _Certificate:
+    """A certificate in a directory, renewed there by others.
 
+    A renewed one is another context, which handshakes take from then on: loaded into the one that is used, its
+    certificate would for a moment have the key of the old one.
 
-async def _renew(context: ssl.SSLContext, certificates: Path, loaded: tuple[bytes, bytes]) -> None:
-    while True:
-        await asyncio.sleep(RELOAD_S)
-        try:
-            # Compared by content: a mounted Secret changes by renaming a link, which no time of a file tells.
-            present = (certificates / "tls.crt").read_bytes(), (certificates / "tls.key").read_bytes()
-            if present != loaded:
-                loaded = await asyncio.to_thread(_load, context, certificates)
-                log.info("the gate's certificate was renewed")
-        except OSError as error:
-            log.warning("the gate's certificate cannot be read again: %s", error)
+    Attributes:
+        listening: what a socket is to listen with.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Blocks. Raises OSError where the certificate cannot be read or has not that key."""
+        self._directory = directory
+        self._content = self._read()
+        self._current = self.listening = self._load()
+        self.listening.sni_callback = self._choose
+
+    async def renew(self) -> None:
+        """Look for another one for ever."""
+        while True:
+            await asyncio.sleep(RELOAD_S)
+            try:
+                # Compared by content: a mounted Secret changes by renaming a link, which no time of a file tells.
+                content = await asyncio.to_thread(self._read)
+                if content != self._content:
+                    self._current = await asyncio.to_thread(self._load)
+                    self._content = content
+                    log.info("the gate's certificate was renewed")
+            except OSError as error:
+                log.warning("the gate's certificate cannot be read again: %s", error)
+
+    def _read(self) -> tuple[bytes, bytes]:
+        return (self._directory / "tls.crt").read_bytes(), (self._directory / "tls.key").read_bytes()
+
+    def _load(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self._directory / "tls.crt", self._directory / "tls.key")
+        return context
+
+    def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = self._current
