@@ -361,8 +361,9 @@ class ImageFolder:
             return np.array(image.convert("RGB")), label
 
 
+@pytest.mark.long  # torch takes its time to be loaded
 def test_image_folder_of_a_data_loader(library: Library, root: Path) -> None:
-    from torch.utils.data import DataLoader  # takes its time, and the other tests need none of it
+    from torch.utils.data import DataLoader  # the other tests need none of it
 
     def epoch(where: Path) -> list[tuple[npt.NDArray[np.uint8], list[int]]]:
         loader: Any = DataLoader(ImageFolder(where / "photos"), batch_size=4, num_workers=2)  # type: ignore[arg-type]
@@ -413,12 +414,16 @@ def test_fio_finds_a_wrong_byte(written_by_fio: tuple[Path, Path], scratch: Path
     assert done.returncode != 0 and b"verify" in done.stderr + done.stdout
 
 
-@pytest.mark.parametrize("direct", [0, 1])
-@pytest.mark.parametrize("engine", ["psync", "mmap", "libaio", "io_uring"])
+@pytest.mark.parametrize(
+    ("engine", "direct"),
+    [
+        *(("mmap", 0), ("io_uring", 1)),
+        *(pytest.param(engine, 0, marks=pytest.mark.long) for engine in ("psync", "libaio", "io_uring")),
+        *(pytest.param(engine, 1, marks=pytest.mark.long) for engine in ("psync", "libaio")),
+    ],
+)
 def test_fio_verifies_random_reads(written_by_fio: tuple[Path, Path], engine: str, direct: int) -> None:
     plain, root = written_by_fio
-    if engine == "mmap" and direct:
-        pytest.skip("a map has no O_DIRECT")
     words = ["--rw=randread", "--readonly", f"--ioengine={engine}", f"--direct={direct}", "--iodepth=8"]
     control = fio(plain, *words)
     if control.returncode:
