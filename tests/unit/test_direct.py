@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from shoal import watch
 from shoal.direct import DirectOrigin
 from shoal.errors import DeadlineExceeded, InvalidRequest, NodeUnavailable, OriginChanged
 from shoal.filesystem import ShoalFileSystem
@@ -84,7 +85,7 @@ def test_version_is_the_snapshot_s(tmp_path: Path) -> None:
 
 
 def test_nodes_that_were_only_late_are_asked_again_where_the_origin_fails(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their copies are of the snapshot's version, so that a changed origin ends no read that a node can serve."""
     world = World(tmp_path, direct=True)
@@ -97,6 +98,7 @@ def test_nodes_that_were_only_late_are_asked_again_where_the_origin_fails(
         fs = world.filesystem(origin={})
         assert fs.cat_file("set/a") == PLAIN["a"]
         (world.files / "a").unlink()
+        monkeypatch.setattr(watch, "HASTY_S", 0.3)
         fault = Fault(delay_s=0.6)  # later than a probe is waited for while there are others to ask
         fs.cluster.transport.drop_idle()
         with caplog.at_level(logging.WARNING, "shoal.direct"):
