@@ -7,7 +7,7 @@ for 1,000 operations.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.harness import Contender, Series, Spread, Turn, interleave
@@ -66,13 +66,20 @@ class Line:
         return f"{rate:,.0f} /s" if self.is_operations else f"{rate / 1e9:.2f} GB/s"
 
 
-def compare(what: str, contenders: Sequence[Contender], runs: int, targets: Mapping[str, float]) -> list[Line]:
+def compare(
+    what: str,
+    contenders: Sequence[Contender],
+    runs: int,
+    targets: Mapping[str, float],
+    before: Callable[[], object] | None = None,
+) -> list[Line]:
     """Have all take turns; a line for each, in their order.
 
     Args:
         targets: by contender's name, for the first one's rate to that one's.
+        before: called before each turn; not counted.
     """
-    return judge(what, list(interleave(contenders, runs, alternates=True).values()), targets)
+    return judge(what, list(interleave(contenders, runs, alternates=True, before=before).values()), targets)
 
 
 def judge(what: str, every: Sequence[Series], targets: Mapping[str, float]) -> list[Line]:

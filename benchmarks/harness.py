@@ -171,16 +171,25 @@ class Contender:
         return Turn(outcome, client + servers, servers)
 
 
-def interleave(contenders: Sequence[Contender], runs: int, *, alternates: bool = False) -> dict[str, Series]:
+def interleave(
+    contenders: Sequence[Contender],
+    runs: int,
+    *,
+    alternates: bool = False,
+    before: Callable[[], object] | None = None,
+) -> dict[str, Series]:
     """Let all contenders take turns, `runs` counted ones each after one that is not.
 
     Args:
         alternates: every other round goes backwards (A B C C B A), where it matters who came before.
+        before: called before each turn, whoever's it is; not counted.
     """
     turns: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
     for number in range(runs + 1):
         for contender in contenders[:: -1 if alternates and number % 2 else 1]:
             progress(f"  {contender.name}: " + (f"{number} of {runs}" if number else "warm-up"))
+            if before is not None:
+                before()
             taken = contender.take(number)
             if number:
                 turns[contender.name].append(taken)

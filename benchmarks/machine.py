@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import mmap
 import os
 import platform
 from dataclasses import dataclass
@@ -78,6 +79,15 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def touch_memory(size_bytes: int) -> None:
+    """Use so much memory and free it, so that what is allocated next has been the machine's before.
+
+    For the reason of `PageCacheFiller`, where something takes cached memory away again all the time.
+    """
+    with mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE):
+        pass
 
 
 class PageCacheFiller:

@@ -4,10 +4,9 @@
 
     plain files   four objects of 1 GiB, warm on the mount's own node, which the kernel reads by itself (passthrough):
                   in order, at random, mapped; 100,000 objects of 4 KiB: open, read and close; `find`
-    first read    objects that lie on another node, each read once, with a full page cache: through a mount that has no
-                  node of its own, and by the fsspec client, in steps of 1 MiB and whole; through JuiceFS's and
-                  rclone's mounts, whose caches are empty, from SeaweedFS; and through a mount of a dataset that nobody
-                  has read, from the same server
+    first read    objects that lie on another node, each read once: through a mount that has no node of its own, and by
+                  the fsspec client, in steps of 1 MiB and whole; through mounts of JuiceFS and rclone, whose caches are
+                  empty, from SeaweedFS; and through a mount of a dataset that nobody has read, from the same server
     peers         one of the large objects and 2,000 of the small ones, warm, through JuiceFS's and rclone's mounts too
 
 All of a line take turns in one reading process, but for the fsspec client, which has its own; told is the median of
@@ -30,6 +29,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ Targets = Callable[[str], Mapping[str, float]]
 """Of a line, by contender."""
 SHARD_BYTES = 1 << 30
 PIECE_BYTES = 8 << 20
+#: Before a first read so many times its bytes are used and freed: it takes memory for itself and for its servers.
+TOUCHED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,8 +281,7 @@ def measure(scale: Scale, directory: Path, *, has_peers: bool) -> Result:
             progress("setting up peers")
             folders = {reader: f"once/{folder_of(reader)}" for reader in (*PEER_TARGETS, COLD)}
             peers = mount_peers.start(stack, directory, origin, ("one", "few"), folders)
-        filler = machine.PageCacheFiller(directory) if scale is not TINY else None
-        sections["first read"] = first_read(cluster, reading, stack.enter_context(Worker()), peers, filler)
+        sections["first read"] = first_read(cluster, reading, stack.enter_context(Worker()), peers)
         if peers.running:
             sections["beside peers"] = beside_peers(cluster, reading, origin, large, peers)
         return Result(sections, cluster.reports(), [peer.settings for peer in peers.running], peers.left_out)
@@ -303,14 +304,10 @@ def beside_plain_files(cluster: Cluster, reading: Reading, origin: Path, mount: 
     return lines + reading.small(places, scale.small_files, scale.turns, lambda what: {PLAIN: TARGETS[what]})
 
 
-def first_read(
-    cluster: Cluster, reading: Reading, client: Worker, peers: Peers, filler: machine.PageCacheFiller | None
-) -> list[Line]:
+def first_read(cluster: Cluster, reading: Reading, client: Worker, peers: Peers) -> list[Line]:
     """Everybody's objects are read once, and lie in the page cache of whoever sends them.
 
-    Args:
-        filler: fills the page cache before, so that nobody pays for memory that the machine never used. Once: where
-            something takes cached memory away again, it would read as much as there is before each turn, in vain.
+    Nobody pays for memory that the machine never used, which would be measured of whoever takes new memory.
     """
 
     def of_client(name: str, function: Callable[..., Outcome], *more: int) -> Contender:
@@ -331,9 +328,8 @@ def first_read(
         cluster.add("once", f"s3://{mount_peers.BUCKET}/once/{folder_of(COLD)}", peers.weed.storage_options)
         cold = cluster.mount("once", name=COLD, has_node=False)
         contenders.append(reading.once(replace(cold, servers=(*cold.servers, peers.weed.pid))))
-    if filler is not None:
-        filler.fill()
-    return contest.compare(FIRST, contenders, reading.scale.peer_turns, FIRST_TARGETS | PEER_TARGETS)
+    touched = partial(machine.touch_memory, TOUCHED * reading.scale.first_bytes)
+    return contest.compare(FIRST, contenders, reading.scale.peer_turns, FIRST_TARGETS | PEER_TARGETS, touched)
 
 
 def beside_peers(cluster: Cluster, reading: Reading, origin: Path, mount: Place, peers: Peers) -> list[Line]:
