@@ -8,7 +8,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 from pathlib import Path
 
 # Before anything imports grpc: its fork handlers do nothing here but delay the commands that the driver runs.
@@ -18,6 +17,7 @@ import click
 
 from shoal.cli.output import SizeType
 from shoal.errors import InvalidRequest, ShoalError
+from shoal_csi import signal_pipe
 from shoal_csi.driver import Config, Driver, socket_path
 from shoal_csi.identity import DRIVER_NAME
 
@@ -122,14 +122,12 @@ def main(
 
 
 def _serve(config: Config) -> None:
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    signals, _ = signal_pipe.open_pipe(signal.SIGTERM, signal.SIGINT)
     driver = Driver(config)
     try:
         log.info("serving at %s", config.socket)
         print("ready", json.dumps({"socket": str(config.socket)}), flush=True)
-        stop.wait()
+        os.read(signals, 1)
         log.info("stopping; mounts stay")
     finally:
         driver.close()

@@ -29,6 +29,7 @@ from shoal.errors import ShoalError
 from shoal.filesystem import ShoalFileSystem
 from shoal.maps import RENEW_S
 from shoal.reader import TIMEOUT_S
+from shoal_csi import signal_pipe
 from shoal_csi.server import Served, Server
 from shoal_csi.state import State
 from shoal_csi.tier import Tier
@@ -139,13 +140,7 @@ def serve(state: State, fs: ShoalFileSystem, dataset: str, subpath: str) -> Serv
 
 def run(fd: int, served: Served, state: State, tier: Tier | None, window_bytes: int, renew_s: float) -> int:
     """Serve until the file system is unmounted or SIGTERM comes; the status to end with."""
-    # Signals come as bytes of a pipe, as the C handler writes them: one of Python's runs only when this thread is back
-    # from the kernel, and a signal that comes just before read(2) would not have it come back.
-    over, says = os.pipe2(os.O_CLOEXEC)
-    os.set_blocking(says, False)
-    signal.set_wakeup_fd(says, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+    over, says = signal_pipe.open_pipe(signal.SIGTERM, signal.SIGINT)
 
     def unmounted() -> None:
         os.write(says, _UNMOUNTED)
