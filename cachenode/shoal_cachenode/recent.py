@@ -93,12 +93,6 @@ class Recent:
             for block in [block for block in self._blocks if block.used_at < before and not block.users]:
                 self._drop(block)
 
-    def clear(self) -> None:
-        """Drop all that nobody takes just now."""
-        with self._lock:
-            for block in [block for block in self._blocks if not block.users]:
-                self._drop(block)
-
     def _find(self, key: Hashable, start: int, end: int) -> tuple[_Block | None, bool]:
         """The block with byte `start`, or a new one, which is the caller's to read; None where there is no room."""
         with self._lock:
@@ -163,12 +157,19 @@ class Recent:
 
     def _make_room(self, size_bytes: int) -> bool:
         """Drop what was wanted longest ago until so much may be held; whether it may. The lock is held."""
-        for block in list(self._blocks):
-            if self.held_bytes + size_bytes <= self._limit_bytes:
-                break
+        excess = self.held_bytes + size_bytes - self._limit_bytes
+        going = []
+        for block in self._blocks if excess > 0 else ():
             if not block.users:
-                self._drop(block)
-        return self.held_bytes + size_bytes <= self._limit_bytes
+                going.append(block)
+                excess -= len(block.data)
+                if excess <= 0:
+                    break
+        if excess > 0:
+            return False  # and nothing is dropped in vain
+        for block in going:
+            self._drop(block)
+        return True
 
     def _leave(self, block: _Block) -> None:
         """A thread is done with a block. The lock is held."""

@@ -94,7 +94,7 @@ def prepare(options: Options, journal: Journal) -> Found:
         return _from_supervisor(options, journal)
     try:
         return _without_supervisor(options, claim, journal)
-    except BaseException:
+    except BaseException:  # interrupted too: a place that is not served is free for the next one
         claim.release(forget=MountTable.now().at(options.mountpoint) is None)
         raise
 

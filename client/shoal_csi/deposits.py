@@ -142,7 +142,7 @@ def _connected() -> socket.socket:
     try:
         with sockets.short_name(fdstore.socket_path()) as name:
             sock.connect(name)
-    except BaseException:
+    except BaseException:  # nobody else has the socket yet
         sock.close()
         raise
     return sock

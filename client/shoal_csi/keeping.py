@@ -172,7 +172,7 @@ class Keeping:
             if not self.fault:
                 log.warning("nothing more is kept for now: %s", tier_place.sentence(self._tier.directory, error))
             self.fault = tier_place.sentence(self._tier.directory, error)
-        except Exception as error:
+        except Exception as error:  # a tier is a convenience: the mount goes on without
             log.exception("an object could not be kept")
             self.turn_off(f"a mistake in the program: {error!r}")
         finally:

@@ -188,7 +188,7 @@ class Tier:
                 ledger.count_others()
                 if ledger.total_bytes > self.limit_bytes:
                     raise NoRoom
-            except BaseException:
+            except BaseException:  # whatever ended it, what is not whole goes
                 os.close(fd)
                 path.unlink()
                 ledger.count_others()

@@ -102,8 +102,8 @@ class Ledger:
             yield
         except NoRoom:
             raise
-        except BaseException:
-            self._seen = -1  # look again next time
+        except BaseException:  # whatever ended it, what was counted may be wrong: look again next time
+            self._seen = -1
             raise
         finally:
             try:

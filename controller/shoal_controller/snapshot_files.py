@@ -57,7 +57,7 @@ class SnapshotFiles:
                 f"another controller uses the data directory {directory}: stop that one, or name another directory "
                 "with --data-dir"
             ) from error
-        except BaseException:
+        except BaseException:  # nobody else has it yet
             lock.close()
             raise
         return cls(directory, lock)

@@ -548,20 +548,26 @@ def test_an_object_that_changed_is_stale(make: Callable[[dict[str, bytes]], Data
         assert "mount again" in line
 
 
+def begun(program: str, path: Path) -> subprocess.Popen[bytes]:
+    """A Python program that has opened `path`, and says so with an empty line."""
+    reader = subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE)
+    assert reader.stdout is not None
+    with reader.stdout:
+        assert reader.stdout.readline() == b"\n"
+    return reader
+
+
 def test_a_reader_that_is_killed_does_not_wait(make: Callable[[dict[str, bytes]], Dataset]) -> None:
     dataset = make({"a.bin": bytes(3 << 20)})
     program = "import os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); print(flush=True); os.pread(fd, 1, 1 << 20)"
     with Mounted(dataset.name, dataset.cluster.environment()) as mount, contextlib.ExitStack() as frozen:
         for node in dataset.cluster.nodes:
             frozen.enter_context(stopped(node.pid))
-        reader = subprocess.Popen([sys.executable, "-c", program, mount.path / "a.bin"], stdout=subprocess.PIPE)
-        assert reader.stdout is not None
-        assert reader.stdout.readline() == b"\n"
+        reader = begun(program, mount.path / "a.bin")
         wait_for(lambda: state_of(reader.pid) == "D")
         reader.kill()
         assert reader.wait(DEADLINE_S) == -signal.SIGKILL
         assert "cannot be read" not in mount.log(), "nobody answers, and it ends all the same"
-        reader.stdout.close()
 
 
 def test_a_reader_that_is_killed_after_another_signal_does_not_wait(
@@ -579,9 +585,7 @@ def test_a_reader_that_is_killed_after_another_signal_does_not_wait(
     with Mounted(dataset.name, dataset.cluster.environment()) as mount, contextlib.ExitStack() as frozen:
         for node in dataset.cluster.nodes:
             frozen.enter_context(stopped(node.pid))
-        reader = subprocess.Popen([sys.executable, "-c", program, mount.path / "a.bin"], stdout=subprocess.PIPE)
-        assert reader.stdout is not None
-        assert reader.stdout.readline() == b"\n"
+        reader = begun(program, mount.path / "a.bin")
         wait_for(lambda: state_of(reader.pid) == "S")
         reader.terminate()
         wait_for(lambda: state_of(reader.pid) == "D")  # from now on it waits for nothing but its answer, or its end
@@ -590,7 +594,6 @@ def test_a_reader_that_is_killed_after_another_signal_does_not_wait(
         reader.kill()
         assert reader.wait(DEADLINE_S) == -signal.SIGKILL
         assert "cannot be read" not in mount.log(), "it did not wait for the read to fail"
-        reader.stdout.close()
 
 
 def test_readers_that_get_signals_read_on(filled: Dataset, mounted: Mounted) -> None:

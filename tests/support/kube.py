@@ -22,12 +22,14 @@ class FakeApi:
         objects: by resource plural, then by key.
         calls: (verb, plural, name) of every write.
         failing: writes and reads raise this while it is set.
+        requests: how many came, refused ones too.
     """
 
     def __init__(self) -> None:
         self.objects: dict[str, dict[Key, Object]] = {}
         self.calls: list[tuple[str, str, str]] = []
         self.failing: ApiError | None = None
+        self.requests = 0
         self._versions = itertools.count(1)
         self._log: dict[str, list[Watched]] = {}
         self._changed = asyncio.Event()
@@ -60,6 +62,12 @@ class FakeApi:
 
     def has(self, resource: Resource, name: str, namespace: str = "") -> bool:
         return (namespace, name) in self._of(resource)
+
+    async def asked(self, times: int) -> None:
+        """Wait until so many more requests came."""
+        until = self.requests + times
+        while self.requests < until:
+            await asyncio.sleep(0.001)
 
     def forget_history(self, resource: Resource) -> None:
         """Watches from before now are told that their version has expired."""
@@ -142,6 +150,7 @@ class FakeApi:
         return found
 
     async def _arrive(self) -> None:
+        self.requests += 1
         await asyncio.sleep(0)  # others may be faster
         if self.failing is not None:
             raise self.failing

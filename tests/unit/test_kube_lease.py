@@ -70,7 +70,7 @@ def test_the_second_waits_until_the_first_gives_back() -> None:
         assert holder(api) == "a"
         waiting = asyncio.create_task(second.acquire())
         holding = asyncio.create_task(first.hold())
-        await asyncio.sleep(0.1)
+        await api.asked(10)  # by both
         assert not waiting.done()
         holding.cancel()
         await first.release()
@@ -89,9 +89,9 @@ def test_the_second_takes_over_from_one_that_is_silent() -> None:
         await election(api, "a").acquire()
         second = election(api, "b", clock)
         waiting = asyncio.create_task(second.acquire())
-        await asyncio.sleep(0.1)
+        await api.asked(2)  # the second one has looked
         clock.now_s += TIMING.duration_s - 0.1
-        await asyncio.sleep(0.1)
+        await api.asked(2)
         assert not waiting.done()
         clock.now_s += 0.1
         await waiting

@@ -401,9 +401,9 @@ def test_an_outage_of_the_api_server_is_waited_out(run: Callable[..., None]) -> 
         await it.until(lambda: it.status().get("phase") == "Ready")
         await it.join("n1")
         it.api.failing = ApiError("gone for a moment")
-        await asyncio.sleep(0.1)
-        it.api.failing = None
         await it.report("n1", cached_bytes={it.digest: 1024})
+        await it.api.asked(2)
+        it.api.failing = None
         await it.until(lambda: it.status()["cachedPercent"] == 100)
 
     run(test)

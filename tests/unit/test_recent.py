@@ -71,7 +71,9 @@ def test_any_ranges_are_right_and_within_the_bound(ranges: list[list[int]], limi
     assert asked + kept.given.value == wanted
     if limit >= len(DATA):
         assert asked == len({byte for start, end in ranges for byte in range(start, end)}), "each byte once"
-    kept.clear()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(recent, "KEPT_S", -1.0)
+        kept.expire()
     assert kept.held_bytes == 0 and not kept._of_key and not kept._blocks
 
 

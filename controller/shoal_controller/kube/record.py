@@ -78,7 +78,7 @@ class KubeRecord(Record):
         try:
             record._read()
             record.files.sweep({snapshot.digest for known in record.load().datasets for snapshot in known.snapshots})
-        except BaseException:
+        except BaseException:  # nobody else has it yet, and it holds the directory's lock
             record.close()
             raise
         return record
