@@ -28,6 +28,7 @@ from shoal.cluster_map import Node
 from shoal.connection import Connection, DescriptorsLost, Interrupted
 from shoal.errors import DeadlineExceeded, NodeUnavailable, OriginError, ShardCorrupt, ShoalError
 from shoal.local import TAKES_DESCRIPTORS
+from shoal.memory import Allocate
 from shoal.shard_client import ShardAt
 from shoal.shards import Piece
 from shoal.transport import READ_TIMEOUT_S, Pending
@@ -46,10 +47,11 @@ MAX_HEDGES = 2
 class Target:
     """Where a piece is received: `view` is what is still missing of it, allocated when bytes come."""
 
-    __slots__ = ("_buffer", "_length", "_view", "done")
+    __slots__ = ("_allocate", "_buffer", "_length", "_view", "done")
 
-    def __init__(self, length: int, view: memoryview | None = None) -> None:
+    def __init__(self, length: int, view: memoryview | None = None, allocate: Allocate | None = None) -> None:
         self._length = length
+        self._allocate = allocate
         self._view = view
         self._buffer: pa.Buffer | None = None
         self.done = 0
@@ -62,7 +64,7 @@ class Target:
 
     def view(self) -> memoryview:
         if self._view is None:
-            self._buffer = memory.allocate(self._length)
+            self._buffer = (self._allocate or memory.allocate)(self._length)
             self._view = memory.view(self._buffer)
         return self._view[self.done :]
 

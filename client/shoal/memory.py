@@ -42,6 +42,10 @@ _madvise.restype = ctypes.c_int
 _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
+Allocate = Callable[[int], pa.Buffer]
+"""Gives a writable buffer of so many bytes."""
+
+
 def allocate(length: int) -> pa.Buffer:
     """A writable Arrow buffer of `length` bytes, not zeroed."""
     return pa.allocate_buffer(length)

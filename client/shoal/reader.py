@@ -36,6 +36,7 @@ from shoal.errors import (
     Unavailable,
 )
 from shoal.failover import PieceRead, Target
+from shoal.memory import Allocate
 from shoal.parallel import run_parallel
 from shoal.shard_client import ShardAt
 from shoal.shards import PART_SIZE, Piece
@@ -104,7 +105,9 @@ class ObjectReader:
         self._shard_size = snapshot.shard_size
         self._first_shard = snapshot.first_shard(row)
 
-    def read_buffer(self, start: int, end: int, until: float | None = None) -> pa.Buffer:
+    def read_buffer(
+        self, start: int, end: int, until: float | None = None, *, allocate: Allocate | None = None
+    ) -> pa.Buffer:
         """Bytes [start, end), cut at the object's end, as an Arrow buffer.
 
         Where they lie in one shard of the local node, the buffer is a view of the map: no copy. Else it is a new one.
@@ -112,6 +115,7 @@ class ObjectReader:
 
         Args:
             until: `time.monotonic` at which the caller's time is over, where that is not `timeout_s` from now.
+            allocate: gives the memory of a new one; None: `memory.allocate`.
 
         Raises:
             ShoalError: see `shoal.errors`.
@@ -119,8 +123,8 @@ class ObjectReader:
         start, end = self._clip(start, end)
         pieces = self.pieces(start, end)
         if len(pieces) == 1:
-            return self._read_piece(pieces[0], until)
-        buffer = memory.allocate(end - start)
+            return self._read_piece(pieces[0], until, allocate)
+        buffer = (allocate or memory.allocate)(end - start)
         self._gather(pieces, memory.view(buffer), time.monotonic() + self.timeout_s if until is None else until)
         return buffer
 
@@ -259,11 +263,11 @@ class ObjectReader:
     def _key(self, index: int) -> shards.Key:
         return shards.shard_key(self._snapshot.key(self.row), index)
 
-    def _read_piece(self, piece: Piece, until: float | None = None) -> pa.Buffer:
+    def _read_piece(self, piece: Piece, until: float | None = None, allocate: Allocate | None = None) -> pa.Buffer:
         mapped = self.mapped(piece)
         if mapped is not None:
             return mapped
-        target = Target(piece.end - piece.start)
+        target = Target(piece.end - piece.start, allocate=allocate)
         whole = self._fetch(piece, target, time.monotonic() + self.timeout_s if until is None else until)
         return target.buffer if whole is None else _slice(whole, piece)
 

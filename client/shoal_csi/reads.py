@@ -35,6 +35,7 @@ from shoal.shards import PART_SIZE
 from shoal.threads import Threads
 from shoal_csi.readahead import Readahead
 from shoal_csi.readahead import Window as Range
+from shoal_csi.window_memory import WindowMemory, held_bytes
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class _Window:
 
     @property
     def size(self) -> int:
-        return self.end - self.start
+        return held_bytes(self.end - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ class Reads:
         self.reader_of = functools.lru_cache(OBJECTS_KEPT)(reader_of)
         self._limit_bytes = limit_bytes
         self._threads = Threads(FETCHES, "shoal-ahead")
+        self._memory = WindowMemory()
         self._lock = threading.RLock()  # guards all below; a fetch that fails at once ends under it
         self._streams: OrderedDict[int, Readahead] = OrderedDict()
         self._windows: OrderedDict[_Window, None] = OrderedDict()  # the one used longest ago first
@@ -111,15 +113,28 @@ class Reads:
         """Begin no more windows."""
         self._threads.close()
 
-    def is_at_hand(self, row: int, start: int, end: int) -> bool:
-        """Whether `read` would not wait for anybody."""
-        if self._mapped(row, start, end) is not None:
+    def read_at_hand(self, row: int, start: int, end: int, send: Send) -> bool:
+        """As `read`, where nobody is to be waited for; else nothing happens. Whether it was."""
+        mapped = self._mapped(row, start, end)
+        if mapped is not None:
+            send(mapped)
             return True
+        reader = self.reader_of(row)
         with self._lock:
-            for window in self._of_row.get(row, ()):
-                if window.start <= start < window.end:
-                    return end <= window.end and window.future.done()
-        return False
+            windows = self._of_row.get(row, ())
+            window = next((each for each in windows if each.start <= start and end <= each.end), None)
+            if window is None or not window.future.done() or _has_failed(window.future):
+                return False
+            window.users += 1
+            self._windows.move_to_end(window)
+            for ahead in self._observe(row, reader.size_bytes, start, end):
+                self._fetch(reader, ahead)
+        try:
+            send([window.future.result().slice(start - window.start, end - start)])
+        finally:
+            with self._lock:
+                self._release(window, end - start)
+        return True
 
     def read(self, row: int, start: int, end: int, send: Send, since: float | None = None) -> None:
         """Give bytes [start, end) of an object, which lie inside it, to `send`.
@@ -172,6 +187,20 @@ class Reads:
             self._streams.pop(row, None)
             for window in list(self._of_row.get(row, ())):
                 self._drop(window)
+
+    def _receive(self, reader: ObjectReader, ahead: Range) -> pa.Buffer:
+        taken: list[pa.Buffer] = []
+
+        def allocate(length: int) -> pa.Buffer:
+            taken.append(self._memory.allocate(length))
+            return taken[-1]
+
+        try:
+            return reader.read_buffer(ahead.start, ahead.end, allocate=allocate)
+        except BaseException:
+            for buffer in taken:
+                self._memory.free(buffer)
+            raise
 
     def _fetched(self, window: _Window) -> None:
         with self._lock:
@@ -231,7 +260,8 @@ class Reads:
             if len(self._streams) > OBJECTS_KEPT:
                 self._streams.popitem(last=False)
         self._streams.move_to_end(row)
-        return streams.observe(start, end)
+        others = len(self._of_row) - (row in self._of_row)
+        return streams.observe(start, end, self._limit_bytes // (others + max(1, streams.followed)))
 
     def _use(self, row: int, start: int, end: int) -> list[_Window]:
         """The windows that have bytes of [start, end), in order, kept for the caller."""
@@ -253,7 +283,7 @@ class Reads:
 
     def _fetch(self, reader: ObjectReader, ahead: Range) -> None:
         """Begin a window, where there is room for it, or can be made."""
-        size = ahead.end - ahead.start
+        size = held_bytes(ahead.end - ahead.start)
         for window in list(self._windows):
             if self.window_bytes + size <= self._limit_bytes:
                 break
@@ -261,12 +291,13 @@ class Reads:
                 self._drop(window)
         if self.window_bytes + size > self._limit_bytes:
             return
-        future = self._threads.submit(reader.read_buffer, ahead.start, ahead.end)
-        window = _Window(reader.row, ahead.start, ahead.end, size, future)
+        self._memory.keep_at_most(self._limit_bytes - self.window_bytes - size)
+        future = self._threads.submit(self._receive, reader, ahead)
+        window = _Window(reader.row, ahead.start, ahead.end, ahead.end - ahead.start, future)
         self._windows[window] = None
         self._of_row.setdefault(reader.row, []).append(window)
         self.window_bytes += size
-        self.ahead_bytes += size
+        self.ahead_bytes += ahead.end - ahead.start
         self.fetching += 1
         self.most_window_bytes = max(self.most_window_bytes, self.window_bytes)
         future.add_done_callback(lambda _: self._fetched(window))
@@ -283,6 +314,8 @@ class Reads:
     def _forget(self, window: _Window) -> None:
         if not window.users:
             self.window_bytes -= window.size
+            if not _has_failed(window.future):
+                self._memory.free(window.future.result())
 
 
 def _has_failed(future: Future[pa.Buffer]) -> bool:

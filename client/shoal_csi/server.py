@@ -371,8 +371,7 @@ class Server:
             return b""
         if self._keeping is not None:
             self._keeping.has_read(row, end - offset)
-        if self.reads.is_at_hand(row, offset, end):
-            self.reads.read(row, offset, end, lambda buffers: self._reply_buffers(unique, buffers))
+        if self.reads.read_at_hand(row, offset, end, lambda buffers: self._reply_buffers(unique, buffers)):
             return None
         since = time.monotonic()
         send = lambda buffers: self._finish(unique, buffers)  # noqa: E731

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal import memory
 from shoal.errors import DeadlineExceeded, NodeUnavailable, OriginChanged, OriginDenied, SnapshotNotFound
+from shoal.memory import Allocate
 from shoal.reader import ObjectReader
 from shoal.shards import PART_SIZE, Piece
 from shoal_csi import failures
 from shoal_csi import reads as mount_reads
-from shoal_csi.readahead import MAX_WINDOW, MIN_WINDOW, Readahead, Window
+from shoal_csi.readahead import MAX_WINDOW, MIN_WINDOW, WINDOWS_HELD, Readahead, Window
 from shoal_csi.reads import Reads
+from shoal_csi.window_memory import BLOCK_BYTES, WindowMemory, held_bytes
 from tests.support.waiting import wait_for
 
 MIB = 1 << 20
@@ -66,8 +70,28 @@ def test_requests_out_of_order_are_one_stream(order: list[int], rounds: int) -> 
             start = (2 + 8 * number + each) * step
             fetched += ahead.observe(start, start + step)
             reach = max(reach, start + step)
-            assert fetched[-1].end - reach <= 2 * MAX_WINDOW
-    assert [window.start for window in fetched[1:]] == [window.end for window in fetched[:-1]]
+            assert fetched[-1].end - reach <= 3 * MAX_WINDOW
+    assert all(window.start >= before.end for before, window in itertools.pairwise(fetched)), "nothing twice"
+
+
+def test_many_streams_share_the_room() -> None:
+    for room_bytes, longest in ((64 * MIB, 8 * MIB), (13 * MIB, 4 * MIB), (7 * MIB, 2 * MIB), (MIB, MIB)):
+        ahead, windows = Readahead(SIZE), list[Window]()
+        for start in range(0, 40 * MIB, MIB):
+            windows += ahead.observe(start, start + MIB, room_bytes)
+            assert not windows or windows[-1].end - (start + MIB) <= WINDOWS_HELD * longest
+        assert max(window.end - window.start for window in windows) == longest
+
+
+def test_windows_begin_within_twice_what_was_read() -> None:
+    """Who reads a few MiB and stops had not much more fetched."""
+    ahead, begun = Readahead(SIZE), 0
+    for start in range(0, 8 * MIB, MIB // 4):
+        reach = start + MIB // 4
+        for window in ahead.observe(start, reach):
+            assert window.start < reach + 2 * reach
+            begun += 1
+    assert begun > 4
 
 
 def test_windows_end_with_the_object() -> None:
@@ -116,14 +140,18 @@ class Source:
             def mapped(self, piece: Piece) -> None:
                 return None
 
-            def read_buffer(self, start: int, end: int, until: float | None = None) -> pa.Buffer:
+            def read_buffer(
+                self, start: int, end: int, until: float | None = None, *, allocate: Allocate | None = None
+            ) -> pa.Buffer:
                 left_s = 20.0 if until is None else until - time.monotonic()
                 if not source.may_go_on.wait(left_s):
                     raise DeadlineExceeded("too late")
                 source.asked.append((row, start, end))
                 if end - start > source.fails_from:
                     raise NodeUnavailable("nobody")
-                return pa.py_buffer(content(row, start, end))
+                buffer = (allocate or memory.allocate)(end - start)
+                memory.view(buffer)[:] = content(row, start, end)
+                return buffer
 
         reader: Any = Reader()
         return reader  # type: ignore[no-any-return]
@@ -139,6 +167,10 @@ def got(reads: Reads, row: int, start: int, end: int) -> bytes:
     found: list[bytes] = []
     reads.read(row, start, end, lambda buffers: found.extend(buffer.to_pybytes() for buffer in buffers))
     return b"".join(found)
+
+
+def is_at_hand(reads: Reads, row: int, start: int, end: int) -> bool:
+    return reads.read_at_hand(row, start, end, lambda _: None)
 
 
 STEP = 64 << 10
@@ -183,10 +215,31 @@ def test_room_is_made_of_the_windows_used_longest_ago() -> None:
     for row in range(6):
         for start in range(0, 4 * STEP, STEP):
             assert got(reads, row, start, start + STEP) == content(row, start, start + STEP)
-        wait_for(lambda row=row: reads.is_at_hand(row, 4 * STEP, 5 * STEP))  # type: ignore[misc]
-    assert not reads.is_at_hand(0, 4 * STEP, 5 * STEP)
+        wait_for(lambda row=row: is_at_hand(reads, row, 4 * STEP, 5 * STEP))  # type: ignore[misc]
+    assert not is_at_hand(reads, 0, 4 * STEP, 5 * STEP)
     assert 0 < reads.most_window_bytes <= limit
     reads.close()
+
+
+def test_memory_of_windows_is_used_again_by_one_at_a_time() -> None:
+    memory_, size = WindowMemory(), 3 * BLOCK_BYTES
+    first, second = memory_.allocate(size), memory_.allocate(size - 5)
+    assert first.address != second.address and held_bytes(second.size) == size
+    memory.view(first)[:] = bytes([1]) * size
+    memory.view(second)[:] = bytes([2]) * (size - 5)
+    memory_.free(second)
+    memory_.free(pa.py_buffer(b"of somebody else"))
+    assert memory_.kept_bytes == size
+    third = memory_.allocate(size)
+    assert third.address == second.address and memory_.kept_bytes == 0
+    memory.view(third)[:] = bytes([3]) * size
+    assert first.to_pybytes() == bytes([1]) * size
+    for buffer in (first, third):
+        memory_.free(buffer)
+    memory_.keep_at_most(size)
+    assert memory_.kept_bytes == size
+    memory_.keep_at_most(0)
+    assert memory_.kept_bytes == 0
 
 
 def test_a_window_that_fails_is_no_failure() -> None:
@@ -211,7 +264,7 @@ def test_a_read_is_over_in_time_whatever_it_waited_for(monkeypatch: pytest.Monke
     assert source.asked == []
     for start in range(0, 4 * STEP, STEP):
         assert got(reads, 1, start, start + STEP) == content(1, start, start + STEP)
-    wait_for(lambda: reads.is_at_hand(1, 4 * STEP, 5 * STEP))
+    wait_for(lambda: is_at_hand(reads, 1, 4 * STEP, 5 * STEP))
     source.may_go_on.clear()
     with pytest.raises(DeadlineExceeded):
         got(reads, 1, 20 * MIB, 20 * MIB + STEP)
