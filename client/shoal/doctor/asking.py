@@ -67,6 +67,8 @@ def ask(
             sock.settimeout(_left(until))
             found = {name.lower(): value for name, value in response.getheaders()}
             body = response.read(_MAX_BODY_BYTES)
+            if response.length:
+                raise ConnectionResetError("its answer breaks off")
         except TimeoutError as error:
             raise Unanswered(Trouble.MUTE, f"no answer within {timeout_s:g} s") from error
         except (OSError, http.client.HTTPException) as error:

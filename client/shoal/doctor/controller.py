@@ -16,6 +16,16 @@ AWAY = Kind(
     "start it again, and see the end of its log for why it ended; where it runs, its --advertise has to be a name that "
     "leads to it from here",
 )
+NO_HTTP = Kind(
+    CHECK,
+    "no-http",
+    Outcome.PROBLEM,
+    "the controller takes calls at {grpc} and does not answer over HTTP at {address} ({reason}): snapshots cannot be "
+    "had "
+    "from it",
+    "open that port (7441) from here and from the nodes; its --advertise has to be a name that leads to it from "
+    "everywhere",
+)
 NOT_HEARD_OF = Kind(
     CHECK,
     "not-heard-of",
@@ -49,6 +59,8 @@ def judge(facts: Facts) -> list[Finding]:
             source = facts.endpoint.asked if isinstance(facts.endpoint.asked, Process) else facts.socket.asked
             assert isinstance(source, Process), "somebody gave the map"
             return [NOT_HEARD_OF.found(address=source.address)]
+        case Silence(reason=reason) if isinstance(facts.told, Told):
+            return [NO_HTTP.found(grpc=facts.grpc_address, address=facts.controller_address, reason=reason)]
         case Silence(reason=reason):
             return [AWAY.found(address=facts.controller_address, reason=reason)]
     match facts.told:

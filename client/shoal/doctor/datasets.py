@@ -110,13 +110,16 @@ def _room(facts: Facts, datasets: tuple[DatasetRecord, ...]) -> Iterator[Finding
 
 
 def _prefetches(facts: Facts) -> Iterator[Finding]:
-    """The last one of each target counts: one that failed and was done since is no news."""
+    """The last one of each target counts: one that failed and was done since is no news, nor is one of what is gone."""
     if not isinstance(facts.told, Told):
         return
+    known = {record.name for record in facts.datasets or ()}
     last: dict[str, ToldJob] = {}
     for job in sorted(facts.told.jobs, key=lambda job: (not job.finished_at, job.finished_at)):
         last[job.target] = job
     for target, job in last.items():
+        if target.partition("/")[0] not in known:
+            continue
         named = {"target": target, "id": job.id, "reason": job.reason}
         if job.state in ("failed", "refused"):
             yield PREFETCH_FAILED.found(target, state="was refused" if job.state == "refused" else job.state, **named)

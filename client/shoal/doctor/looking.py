@@ -74,7 +74,7 @@ ListMounts = Callable[[float], tuple[MountFact, ...] | None]
 def look(
     endpoint: str, socket_path: str, *, socket_is_given: bool, timeout_s: float, tell: Tell, list_mounts: ListMounts
 ) -> Facts:
-    """Ask everybody. Takes some five times `timeout_s` at most, in a cluster of some sixty nodes.
+    """Ask everybody. Takes some ten times `timeout_s` at most, where all that can hang does; mostly a moment.
 
     Args:
         endpoint: as it was given; "" where none was.

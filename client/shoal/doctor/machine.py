@@ -42,7 +42,7 @@ MOUNT_DEAD = Kind(
     "mount-dead",
     Outcome.PROBLEM,
     "the mount of {dataset} at {mountpoint} has nobody left who serves it{why}",
-    "'shoal umount {mountpoint}', then mount it again",
+    "'shoal mount {dataset} {mountpoint}' mounts it anew, 'shoal umount {mountpoint}' takes it away",
 )
 MOUNT_TROUBLE = Kind(
     CHECK,

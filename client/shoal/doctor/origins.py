@@ -113,9 +113,10 @@ def judge(facts: Facts) -> list[Finding]:
     if any(finding.outcome is not Outcome.SKIPPED for finding in found):
         return found
     readers = {fact.who for fact in facts.origins if fact.error == ""}
+    if not readers:
+        return found or [NOBODY.found()]
     who = listed([*(["the controller"] if "" in readers else []), *_nodes(len(readers - {""}))])
-    well = [READ.found(datasets=counted(len(origins), "dataset"), readers=who)] if readers else []
-    return well + found
+    return [READ.found(datasets=counted(len(origins), "dataset"), readers=who), *found]
 
 
 def _nodes(count: int) -> list[str]:

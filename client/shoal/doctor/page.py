@@ -23,8 +23,8 @@ def checks() -> list[str]:
 
 
 def _shown(template: str) -> str:
-    words = re.sub(r"\{(\w+)(?:![a-z])?\}", lambda found: f"*{found[1]}*", template)
-    return re.sub(r"'(shoal[^']*)'", r"`\1`", words).replace("|", "\\|")
+    words = re.sub(r"\{(\w+)(?:![a-z])?\}", lambda found: found[1].upper(), template)
+    return re.sub(r"'(shoal[ -][^']*)'", r"`\1`", words).replace("|", "\\|")
 
 
 if __name__ == "__main__":

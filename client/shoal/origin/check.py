@@ -1,7 +1,7 @@
 """Whether an origin still gives what a snapshot lists: asked of each process that reads it, by ``shoal doctor``.
 
     check     one byte of a few objects, at the version listed: what a read needs, with this process's credentials
-    Checks    the same for a server, which is asked by many: one at a time a dataset, and a young answer again
+    Checks    the same for a server, which many may ask: one at a time a dataset, whose answer all get who ask meanwhile
 
 The rule: an origin is read and never written, and asked for a handful of bytes however often somebody wants to know.
 """
@@ -9,7 +9,6 @@ The rule: an origin is read and never written, and asked for a handful of bytes 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +30,6 @@ _PATIENCE = Deadlines(contact_s=4.0, read_s=4.0, connect_s=2.0, idle_s=3.0, trie
 _OBJECTS = 3
 #: Origins that are checked at a time.
 _THREADS = 4
-#: An answer is good for so long: whoever mends an origin and asks again is told of now.
-_YOUNG_S = 1.0
 
 
 def check(url: str, storage_options: Mapping[str, Any], snapshot: Snapshot) -> None:
@@ -66,7 +63,6 @@ class Checks:
     def __init__(self) -> None:
         self._threads = Threads(_THREADS, "origin-check")  # their own: an origin may hold them for long
         self._running: dict[str, asyncio.Future[None]] = {}
-        self._known: dict[str, tuple[float, dict[str, Any]]] = {}
 
     async def of(self, name: str, call: Callable[[], None]) -> dict[str, Any]:
         """The document of ``/v1/datasets/{name}/origin`` (docs/wire.md).
@@ -74,20 +70,15 @@ class Checks:
         Args:
             call: does `check` for the dataset of that name, in a thread.
         """
-        at, document = self._known.get(name, (0.0, {}))
-        if document and time.monotonic() - at < _YOUNG_S:
-            return document
         try:
             async with asyncio.timeout(CHECK_S):
                 await asyncio.shield(self._run(name, call))
-            document = {"error": None, "sentence": ""}
         except TimeoutError:
             sentence = f"it did not answer within {CHECK_S:g} s: see that it can be reached from there"
-            document = {"error": DeadlineExceeded.__name__, "sentence": sentence}
+            return {"error": DeadlineExceeded.__name__, "sentence": sentence}
         except ShoalError as error:
-            document = {"error": type(error).__name__, "sentence": str(error)}
-        self._known[name] = time.monotonic(), document
-        return document
+            return {"error": type(error).__name__, "sentence": str(error)}
+        return {"error": None, "sentence": ""}
 
     def _run(self, name: str, call: Callable[[], None]) -> asyncio.Future[None]:
         """The check that is under way, or a new one. One that hangs is joined, so it costs one thread."""
