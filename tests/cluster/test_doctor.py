@@ -83,6 +83,12 @@ class Seen:
         raise AssertionError((names, found))
 
 
+@pytest.fixture(autouse=True)
+def no_usual_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine may have a node of its own."""
+    monkeypatch.setattr("shoal.cli.doctor.DEFAULT_SOCKET", str(tmp_path / "usual.sock"))
+
+
 def doctor(cluster: DevCluster, *words: str, **environment: str) -> Seen:
     done = CliRunner().invoke(main, ["doctor", "--json", *words], env=cluster.environment() | environment)
     assert done.exit_code in (0, 1), done.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import re
@@ -362,6 +363,8 @@ def test_origins(error: str, kind: str) -> None:
 
 
 def test_origins_that_nobody_could_check() -> None:
+    busy = (*WELL.origins[:2], OriginFact("set", "n2", "Overloaded", "others take all the time: ask again"))
+    assert only(broken(origins=busy), "origins-unsaid").outcome is Outcome.SKIPPED
     facts = (OriginFact("set", "", "", ""), OriginFact("set", "n1", None, "its version does not check origins"))
     found = diagnosis.judge(dataclasses.replace(WELL, origins=facts, unchecked_pairs=3))
     assert [f.kind for f in found if f.check == "origins"] == ["origins-unsaid", "origins-too-many", "origins-ok"]
@@ -612,6 +615,29 @@ def test_check_of_an_origin(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(OriginNotFound, match="without files"):
         check.check(str(directory), {}, listed_then)
+
+
+def test_checks_that_hang_are_joined_and_not_mistaken_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "CHECK_S", 0.05)
+    over, calls = threading.Event(), []
+
+    def hang() -> None:
+        calls.append(None)
+        over.wait(20)
+
+    async def ask() -> list[str | None]:
+        checks = check.Checks()
+        names = ["a", "a", "b", "c", "d", "e"]
+        said = await asyncio.gather(*(checks.of(name, hang) for name in names))
+        over.set()
+        while checks._running:
+            await asyncio.sleep(0.001)
+        said.append(await checks.of("a", lambda: None))
+        checks.close()
+        return [each["error"] for each in said]
+
+    assert asyncio.run(ask()) == [*["DeadlineExceeded"] * 5, "Overloaded", None]
+    assert len(calls) == 5
 
 
 def test_check_of_an_origin_with_nothing_to_read(tmp_path: Path) -> None:

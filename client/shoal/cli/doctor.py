@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import click
 
 from shoal import doctor as checkup
+from shoal.cli import connect, output, records
 from shoal.cli import mount as mounting
-from shoal.cli import output, records
 from shoal.doctor import Finding, MountFact, Outcome, Told, ToldJob, ToldNode, Untold
 from shoal.errors import ShoalError
 from shoal.local import DEFAULT_SOCKET
@@ -43,13 +43,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.option(
-    "--endpoint",
-    envvar="SHOAL_ENDPOINT",
-    show_envvar=True,
-    metavar="URL",
-    help="http://HOST:PORT of the controller or of any cache node.",
-)
+@connect.endpoint_option
 @click.option(
     "--socket",
     "socket_path",

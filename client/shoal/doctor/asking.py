@@ -92,8 +92,8 @@ def _connected(address: str, until: float) -> socket.socket:
         return socket.create_connection((host.strip("[]"), int(port)), timeout=_left(until))
     except socket.gaierror as error:
         raise Unanswered(Trouble.UNRESOLVED, error.strerror or str(error)) from error
-    except UnicodeError as error:
-        raise Unanswered(Trouble.UNRESOLVED, "it is no host name") from error
+    except (ValueError, OverflowError) as error:  # UnicodeError is one
+        raise Unanswered(Trouble.UNRESOLVED, "it is no host name and port") from error
     except ConnectionRefusedError as error:
         raise Unanswered(Trouble.REFUSED, "connection refused") from error
     except TimeoutError as error:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import median_low
 
-from shoal.doctor.facts import Clock, Facts, Process
+from shoal.doctor.facts import Clock, Facts
 from shoal.doctor.findings import Finding, Kind, Outcome
 
 CHECK = "clocks"
@@ -84,10 +84,8 @@ def compare(clocks: Mapping[str, Clock]) -> dict[str, float]:
 def _clocks(facts: Facts) -> dict[str, Clock]:
     """By whose it is. Processes of one host are named each: containers have the host's, but who knows who is where."""
     found: dict[str, Clock] = {HERE: Clock(0.0, 0.0)}
-    asked = (facts.controller, facts.endpoint.asked, facts.socket.asked, *(seen.asked for seen in facts.nodes))
-    for process in asked:
-        if isinstance(process, Process) and process.clock is not None:
-            name = facts.name_of("" if process.is_controller else process.node_id)
+    for name, process in facts.answering():
+        if process.clock is not None:
             known = found.get(name)
             if known is None or process.clock.uncertainty_s < known.uncertainty_s:
                 found[name] = process.clock

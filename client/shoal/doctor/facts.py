@@ -6,8 +6,8 @@ The rule: a thing that did not answer is a fact too (`Silence`), and one that no
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from shoal.cluster_map import ClusterMap, Node
 from shoal.datasets import DatasetRecord
@@ -233,6 +233,7 @@ class Facts:
         cluster_map: the newest that anybody has; None where nobody answers.
         datasets: None where nobody answers.
         timeout_s: that each answer was waited for.
+        unchecked_pairs: of a node and a dataset, of which the node was not asked about the dataset.
     """
 
     version: str
@@ -249,7 +250,18 @@ class Facts:
     datasets: tuple[DatasetRecord, ...] | None = None
     origins: tuple[OriginFact, ...] = ()
     snapshots: tuple[SnapshotFact, ...] = ()
-    unchecked_pairs: int = field(default=0)
+    unchecked_pairs: int = 0
+
+    def answering(self) -> Iterator[tuple[str, Process]]:
+        """Every process of the cluster that answered, the controller first, by its name for people; some twice.
+
+        The local node counts by itself only where nothing else leads to the cluster: it may be of another one.
+        """
+        endpoint = self.endpoint.asked
+        local = [] if isinstance(endpoint, Process) else [self.socket.asked]
+        for process in (self.controller, endpoint, *local, *(seen.asked for seen in self.nodes)):
+            if isinstance(process, Process):
+                yield self.name_of("" if process.is_controller else process.node_id), process
 
     def name_of(self, node_id: str) -> str:
         """A node for people: its id, as short as ``shoal node`` takes it, and where it is; "" is the controller."""

@@ -85,7 +85,8 @@ OFF_MAP = Kind(
     "off-map",
     Outcome.WARNING,
     "{path} leads to node {id}, which is not in the map: nobody is sent there",
-    "see the node's log for why it does not join",
+    "see the node's log for why it does not join: its --controller has to be the controller's gRPC port, open from "
+    "there",
 )
 
 

@@ -99,7 +99,7 @@ def look(
     if not sources:
         return facts
     facts = _with_controller(facts, sources[0], tell)
-    return _with_datasets(_with_nodes(facts, sources[0]), sources[0])
+    return _with_datasets(_with_nodes(facts), sources[0])
 
 
 def _with_controller(facts: Facts, source: Process, tell: Tell) -> Facts:
@@ -114,19 +114,19 @@ def _with_controller(facts: Facts, source: Process, tell: Tell) -> Facts:
         waited = f"it did not answer within {facts.timeout_s:g} s"
         answers = together({"": partial(tell, grpc_address, facts.timeout_s)}, facts.timeout_s + _MARGIN_S)
         told = answers.get("", Untold(waited))
-    is_same = isinstance(controller, Process) and controller.cluster_id == source.cluster_id
-    newest = [source.cluster_map, *([controller.cluster_map] if is_same and isinstance(controller, Process) else [])]
+    processes = [known for known in (source, controller) if isinstance(known, Process)]
+    maps = [process.cluster_map for process in processes if process.cluster_id == source.cluster_id]
     return replace(
         facts,
         controller_address=address,
         controller=controller,
         grpc_address=grpc_address,
         told=told,
-        cluster_map=max(newest, key=lambda cluster_map: cluster_map.epoch),
+        cluster_map=max(maps, key=lambda cluster_map: cluster_map.epoch),
     )
 
 
-def _with_nodes(facts: Facts, source: Process) -> Facts:
+def _with_nodes(facts: Facts) -> Facts:
     assert facts.cluster_map is not None
     nodes = {node.id: node for node in facts.cluster_map.nodes}
     jobs = {node.id: partial(_look_at, node, facts.timeout_s) for node in nodes.values()}
@@ -149,8 +149,8 @@ def _with_datasets(facts: Facts, source: Process) -> Facts:
     """The datasets, and for each of them and as many nodes as may be asked: is its snapshot there, and its origin?"""
     is_there = isinstance(facts.controller, Process)
     timeout_s = facts.timeout_s
-    listed = together({"": partial(_datasets, facts.controller_address if is_there else source.address, timeout_s)},
-                      timeout_s).get("")  # fmt: skip
+    address = facts.controller_address if is_there else source.address
+    listed = together({"": partial(_datasets, address, timeout_s)}, timeout_s + _MARGIN_S).get("")
     if listed is None:
         return facts
     answering = [seen for seen in facts.nodes if isinstance(seen.asked, Process)]
@@ -163,7 +163,7 @@ def _with_datasets(facts: Facts, source: Process) -> Facts:
     ]
     pairs += by_nodes[:MAX_PAIRS]
     jobs = {(record.name, who): partial(_about, record, who, address, timeout_s) for record, who, address in pairs}
-    done = together(jobs, timeout_s + max(timeout_s, CHECK_S + _MARGIN_S)) if jobs else {}
+    done = together(jobs, timeout_s + max(timeout_s, CHECK_S + _MARGIN_S))
     late = "no answer in time"
     answers = [done.get(key, (None, OriginFact(*key, None, late))) for key in jobs]
     return replace(
@@ -199,13 +199,13 @@ def _understood(address: str, answer: Answer) -> Asked:
         raw = json.loads(answer.body)
         return Process(
             address=address,
-            role=raw["role"],
-            version=raw["version"],
-            cluster_id=raw.get("cluster_id", ""),
+            role=str(raw["role"]),
+            version=str(raw["version"]),
+            cluster_id=str(raw.get("cluster_id", "")),
             cluster_map=ClusterMap.from_json(json.dumps(raw["map"])),
-            node_id=raw.get("node_id", ""),
-            controller_http=raw["controller_http"],
-            controller_grpc=raw["controller_grpc"],
+            node_id=str(raw.get("node_id", "")),
+            controller_http=str(raw["controller_http"]),
+            controller_grpc=str(raw["controller_grpc"]),
             condition=raw.get("condition"),
             clock=answer.clock,
         )
@@ -282,7 +282,7 @@ def _about(
 
 def together(jobs: Mapping[K, Callable[[], T]], within_s: float) -> dict[K, T]:
     """The results of all jobs that end in time. The others go on, on threads for which no exit waits for long."""
-    threads = Threads(min(len(jobs), _MAX_AT_ONCE), "doctor")
+    threads = Threads(_MAX_AT_ONCE, "doctor")
     until = time.monotonic() + within_s * -(-len(jobs) // _MAX_AT_ONCE)
     futures = {key: threads.submit(job) for key, job in jobs.items()}
     done = {key: _result(future, until - time.monotonic()) for key, future in futures.items()}

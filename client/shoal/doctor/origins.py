@@ -103,10 +103,10 @@ def judge(facts: Facts) -> list[Finding]:
     found = []
     for (dataset, error, said), failed in groups.items():
         who = _who(facts, [fact.who for fact in failed], dataset)
-        if error is None:
+        if error in (None, "Overloaded"):
             found.append(UNSAID.found(dataset, who=who, dataset=dataset, reason=said))
         else:
-            kind = _KINDS.get(error, FAILS)
+            kind = _KINDS.get(error or "", FAILS)
             found.append(kind.found(dataset, who=who, dataset=dataset, origin=origins[dataset], error=said))
     if facts.unchecked_pairs:
         found.append(TOO_MANY.found(count=facts.unchecked_pairs))

@@ -34,7 +34,7 @@ def is_here(host: str) -> bool:
     """Whether a host is this machine: a socket can be bound to an address of it. Asks the resolver, which may hang."""
     try:
         found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_DGRAM)
-    except (OSError, UnicodeError):
+    except (OSError, ValueError):
         return False
     for family, kind, protocol, _, address in found:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from shoal.doctor.facts import Facts, Process, Told
+from shoal.doctor.facts import Facts, Told
 from shoal.doctor.findings import Finding, Kind, Outcome, counted, listed
 
 CHECK = "versions"
@@ -54,25 +54,19 @@ def judge(facts: Facts) -> list[Finding]:
             if kind is not None and who:
                 named = {"version": version, "reference": reference, "wanted": wanted}
                 found.append(kind.found(who=listed(who), how=how.format(wanted=wanted), **named))
-    same = [name for name, version in versions.items() if _difference(version, wanted) is None]
-    if not found:
-        nodes = len(same) - sum(name in (HERE, facts.name_of("")) for name in same)
-        others = [name for name in same if name in (HERE, facts.name_of(""))] + (
-            [counted(nodes, "node")] if nodes else []
-        )
-        return [SAME.found(who=listed(others), version=wanted)]
-    return found
+    if found:
+        return found
+    nodes = [name for name in versions if name.startswith("node ")]
+    others = [name for name in versions if name not in nodes]
+    everybody = listed([*others, *([counted(len(nodes), "node")] if nodes else [])])
+    return [SAME.found(who=everybody, version=listed(sorted(set(versions.values()))))]
 
 
 def _versions(facts: Facts) -> dict[str, str]:
     """By who runs it: the controller first where it is known, this client last."""
     found: dict[str, str] = {}
-    for process in (facts.controller, facts.endpoint.asked, facts.socket.asked):
-        if isinstance(process, Process):
-            found.setdefault(facts.name_of("" if process.is_controller else process.node_id), process.version)
-    for seen in facts.nodes:
-        if isinstance(seen.asked, Process):
-            found.setdefault(facts.name_of(seen.node.id), seen.asked.version)
+    for name, process in facts.answering():
+        found.setdefault(name, process.version)
     if isinstance(facts.told, Told):  # of nodes that do not answer here
         for told in facts.told.nodes:
             if told.version:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shoal.errors import DeadlineExceeded, OriginChanged, ShoalError
+from shoal.errors import DeadlineExceeded, OriginChanged, Overloaded, ShoalError
 from shoal.origin.base import Deadlines
 from shoal.origin.opening import open_origin
 from shoal.threads import Threads
@@ -62,7 +63,7 @@ class Checks:
 
     def __init__(self) -> None:
         self._threads = Threads(_THREADS, "origin-check")  # their own: an origin may hold them for long
-        self._running: dict[str, asyncio.Future[None]] = {}
+        self._running: dict[str, tuple[Future[None], asyncio.Future[None]]] = {}
 
     async def of(self, name: str, call: Callable[[], None]) -> dict[str, Any]:
         """The document of ``/v1/datasets/{name}/origin`` (docs/wire.md).
@@ -70,24 +71,30 @@ class Checks:
         Args:
             call: does `check` for the dataset of that name, in a thread.
         """
+        job, done = self._run(name, call)
         try:
             async with asyncio.timeout(CHECK_S):
-                await asyncio.shield(self._run(name, call))
+                await asyncio.shield(done)
         except TimeoutError:
+            if not job.running():
+                sentence = "checks of other origins, which do not answer, take all the time: ask again"
+                return {"error": Overloaded.__name__, "sentence": sentence}
             sentence = f"it did not answer within {CHECK_S:g} s: see that it can be reached from there"
             return {"error": DeadlineExceeded.__name__, "sentence": sentence}
         except ShoalError as error:
             return {"error": type(error).__name__, "sentence": str(error)}
         return {"error": None, "sentence": ""}
 
-    def _run(self, name: str, call: Callable[[], None]) -> asyncio.Future[None]:
+    def _run(self, name: str, call: Callable[[], None]) -> tuple[Future[None], asyncio.Future[None]]:
         """The check that is under way, or a new one. One that hangs is joined, so it costs one thread."""
-        running = self._running.get(name)
-        if running is None:
-            running = self._running[name] = asyncio.wrap_future(self._threads.submit(call))
-            running.add_done_callback(lambda _: self._running.pop(name))
-            running.add_done_callback(lambda done: done.cancelled() or done.exception())  # all who asked may have left
-        return running
+        known = self._running.get(name)
+        if known is None:
+            job = self._threads.submit(call)
+            done = asyncio.wrap_future(job)
+            known = self._running[name] = job, done
+            done.add_done_callback(lambda _: self._running.pop(name))
+            done.add_done_callback(lambda done: done.cancelled() or done.exception())  # all who asked may have left
+        return known
 
     def close(self) -> None:
         """Begin none any more; nobody waits for what is under way."""
