@@ -41,14 +41,14 @@ MOUNT_DEAD = Kind(
     CHECK,
     "mount-dead",
     Outcome.PROBLEM,
-    "the mount of {dataset} at {mountpoint} has nobody left who serves it{why}",
+    "the mount of {dataset} at {mountpoint} has nobody left who serves it ({why})",
     "'shoal mount {dataset} {mountpoint}' mounts it anew, 'shoal umount {mountpoint}' takes it away",
 )
 MOUNT_TROUBLE = Kind(
     CHECK,
     "mount-trouble",
     Outcome.WARNING,
-    "the mount of {dataset} at {mountpoint} is {state}{why}",
+    "the mount of {dataset} at {mountpoint} is {state} ({why})",
     "see its log, which 'shoal mount --json' names; a mount that nobody supervises is mounted again when it is not "
     "used",
 )
@@ -73,9 +73,8 @@ def _limits(machine: Machine) -> Iterator[Finding]:
 
 def _mount(mount: MountFact) -> Finding:
     kind = MOUNT_DEAD if mount.state in ("dead", "ended") else MOUNT_TROUBLE
-    why = f" ({mount.reason})" if mount.reason else ""
     named = {"dataset": mount.dataset, "mountpoint": mount.mountpoint, "state": mount.state}
-    return kind.found(mount.mountpoint, why=why, **named)
+    return kind.found(mount.mountpoint, why=mount.reason or "nobody said why", **named)
 
 
 def _mounting(machine: Machine) -> str:
