@@ -196,6 +196,7 @@ async def _serve(
         await membership.leave()
     finally:
         await server.close()
+        view.close()
         await prefetches.close()
         await node.close()
 

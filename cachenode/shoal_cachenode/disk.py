@@ -85,6 +85,7 @@ class Disk:
         self._was_full = False
         self.fault = ""  #: why fills pass through, with the remedy; "" while they do not
         self.failures = 0  #: times that it began to fail or to stall
+        self.free_bytes: int | None = None  #: of its file system, as `look` last found it
         self._watch = asyncio.create_task(self._watch_for_ever())
 
     @property
@@ -146,6 +147,11 @@ class Disk:
         if not task.done():
             raise DiskStalls(self.fault)
         return task.result()
+
+    def look(self) -> None:
+        """In a thread: see how much room the file system has. Raises OSError."""
+        found = os.statvfs(self._directory)
+        self.free_bytes = found.f_bavail * found.f_frsize
 
     def failed(self, error: OSError) -> None:
         """A write failed: nothing is written from now on until a trial succeeds."""

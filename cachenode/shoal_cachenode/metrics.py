@@ -6,6 +6,7 @@ no value is kept twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -111,6 +112,10 @@ class NodeCollector(Collector):
         )
         gauges = {
             "shoal_node_capacity_bytes": ("Bytes of cache this node offers.", node.store.capacity_bytes),
+            "shoal_node_drive_free_bytes": (
+                "Bytes that the drive's file system has room for; NaN: not known yet.",
+                math.nan if node.disk.free_bytes is None else node.disk.free_bytes,
+            ),
             "shoal_node_used_bytes": ("Bytes of sealed and filling shards.", node.store.used_bytes),
             "shoal_node_reserved_bytes": ("Bytes reserved by filling shards.", node.store.reserved_bytes),
             "shoal_node_unread_bytes": (

@@ -468,6 +468,8 @@ class CacheNode:
 
     async def _keep_house(self) -> None:
         while True:
+            with contextlib.suppress(OSError, DiskStalls):  # what is wrong with it shows elsewhere
+                await self.disk.run(self.disk.look)
             await asyncio.sleep(HOUSEKEEPING_INTERVAL_S)
             self.recent.expire()
             try:

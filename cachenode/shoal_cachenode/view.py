@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -14,6 +15,7 @@ from urllib.parse import urlencode
 from shoal import datasets
 from shoal.datasets import DatasetRecord
 from shoal.errors import DatasetNotFound, Unavailable
+from shoal.origin import check
 from shoal.version import VERSION
 from shoal_cachenode.membership import Membership
 from shoal_cachenode.node import CacheNode
@@ -29,6 +31,7 @@ class NodeView:
     def __init__(self, node: CacheNode, membership: Membership) -> None:
         self._node = node
         self._membership = membership
+        self._checks = check.Checks()
 
     def epoch(self) -> int:
         return self._node.library.knowledge.cluster_map.epoch
@@ -44,6 +47,7 @@ class NodeView:
             "role": "cachenode",
             "node_id": self._node.id,
             "cluster_id": knowledge.cluster_id,
+            "condition": self._node.condition,
         }
 
     def datasets(self) -> list[DatasetRecord]:
@@ -69,6 +73,17 @@ class NodeView:
 
     async def snapshot_path(self, digest: str, *, may_fetch: bool) -> Path:
         return await self._node.library.snapshot_path(digest, may_fetch=may_fetch)
+
+    async def check_origin(self, name: str) -> dict[str, Any]:
+        library = self._node.library
+        (known,) = (known for known in library.knowledge.datasets if known.record.name == name)
+        await library.snapshot_path(known.record.snapshot, may_fetch=False)  # to fetch it may take long
+        opened = await library.snapshot(known.record.snapshot)
+        read = partial(check.check, known.record.origin, known.storage_options, opened)
+        return await self._checks.of(name, read)
+
+    def close(self) -> None:
+        self._checks.close()
 
     def stalled(self) -> str | None:
         disk = self._node.disk

@@ -68,6 +68,14 @@ def parse_endpoint(text: str) -> str:
     return address
 
 
+def reachable(address: str, answered_at: str) -> str:
+    """`address` for whoever asked at `answered_at`: a server that listens everywhere is where it answered."""
+    host, _, port = address.rpartition(":")
+    if host in ("", "0.0.0.0", "[::]") and port and not answered_at.startswith("unix:"):
+        return f"{answered_at.rpartition(':')[0]}:{port}"
+    return address
+
+
 class Cluster:
     """What one process knows of one cluster. Thread-safe; shared by all file systems of the process.
 

@@ -9,9 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from shoal import origin
 from shoal.datasets import DatasetRecord
 from shoal.errors import SnapshotNotFound
+from shoal.origin import check
+from shoal.snapshot import Snapshot
 from shoal.version import VERSION
+from shoal_controller import core
 from shoal_controller.catalog import Catalog
 from shoal_controller.shell import Shell
 
@@ -22,6 +26,7 @@ class ControllerView:
     def __init__(self, shell: Shell, catalog: Catalog) -> None:
         self._shell = shell
         self._catalog = catalog
+        self._checks = check.Checks()
         self.grpc_address = ""
         self.http_address = ""
 
@@ -55,6 +60,18 @@ class ControllerView:
                 f"the controller has no snapshot {digest}: its dataset was refreshed or removed; open it without '@'"
             )
         return path
+
+    async def check_origin(self, name: str) -> dict[str, Any]:
+        dataset = core.find(self._shell.state.datasets, name)
+        path = self._shell.record.snapshot_path(dataset.newest.digest)
+
+        def read() -> None:
+            check.check(dataset.origin, origin.parse_options(dataset.storage_options), Snapshot.open(path))
+
+        return await self._checks.of(name, read)
+
+    def close(self) -> None:
+        self._checks.close()
 
     def stalled(self) -> str | None:
         return None

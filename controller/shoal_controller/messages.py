@@ -14,7 +14,7 @@ from shoal import origin
 from shoal.cluster_map import Node
 from shoal.errors import InvalidRequest
 from shoal.wire import shoal_pb2 as pb
-from shoal_controller import status
+from shoal_controller import membership, status
 from shoal_controller.model import (
     MAX_NUMBER,
     MAX_REPORTED_BYTES,
@@ -206,6 +206,7 @@ def node_status_to_wire(member: Member, state: State, now: Moment) -> pb.NodeSta
         draining=member.is_draining,
         drained=member.is_draining and not waits_for,
         waits_for=waits_for,
+        contest=membership.contest(member),
     )
 
 

@@ -114,6 +114,7 @@ class Server:
             catalog = Catalog(shell, list_origin, config.adhoc)
             stack.push_async_callback(catalog.close)
             view = ControllerView(shell, catalog)
+            stack.callback(view.close)
             metrics = ControllerMetrics(shell)
 
             http = HttpServer(routes.make_handler(view, metrics.exposition), epoch=view.epoch)

@@ -144,6 +144,8 @@ def test_a_mount_without_supervisor_is_taken_over_and_a_dead_one_mounted_anew(pl
     for pid in (place.record.supervisor_pid, place.daemon_pid):
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: place.listed()[0]["state"] == "dead")
+    found = json.loads(place.run("shoal.cli", "doctor", "--json").stdout)["findings"]
+    assert [each["subject"] for each in found if each["kind"] == "machine-mount-dead"] == [place.mountpoint]
     done = place.run("shoal.cli", *words)
     assert done.returncode == 0 and "detached" in done.stderr and "whose daemon was gone" in done.stderr
     assert tree(place) == OBJECTS

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shoal.cluster import parse_endpoint
+from shoal.cluster import parse_endpoint, reachable
 from shoal.cluster_map import ClusterMap
 from shoal.datasets import DatasetRecord
 from shoal.errors import ClusterUnavailable, InvalidRequest, NodeUnavailable, NotFound, ShoalError
@@ -81,7 +81,7 @@ def cluster(endpoint: str | None) -> Cluster:
     raw = _get(address, "/v1/cluster")
     try:
         known = ClusterMap.from_json(json.dumps(raw["map"]))
-        return Cluster(address, raw["role"], raw["version"], known, _reachable(raw["controller_grpc"], address))
+        return Cluster(address, raw["role"], raw["version"], known, reachable(raw["controller_grpc"], address))
     except (InvalidRequest, KeyError, TypeError) as error:
         raise _stranger(address) from error
 
@@ -128,11 +128,3 @@ def _get(address: str, target: str) -> Any:
 
 def _stranger(address: str) -> ClusterUnavailable:
     return ClusterUnavailable(f"what answers at {address} is no Shoal server: check SHOAL_ENDPOINT")
-
-
-def _reachable(grpc_address: str, answered_at: str) -> str:
-    """A server that listens everywhere names no host that others could use: then it is where it answered."""
-    host, _, port = grpc_address.rpartition(":")
-    if host in ("", "0.0.0.0", "[::]") and port and not answered_at.startswith("unix:"):
-        return f"{answered_at.rpartition(':')[0]}:{port}"
-    return grpc_address

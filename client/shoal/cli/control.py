@@ -127,8 +127,8 @@ class Control:
         answer: pb.PrefetchJob = self._call("CancelPrefetch", pb.CancelPrefetchRequest(job_id=job_id))
         return answer
 
-    def status(self) -> pb.Status:
-        answer: pb.Status = self._call("GetStatus", pb.GetStatusRequest())
+    def status(self, *, timeout_s: float = CALL_TIMEOUT_S) -> pb.Status:
+        answer: pb.Status = self._call("GetStatus", pb.GetStatusRequest(), timeout_s)
         return answer
 
     def drain_node(self, node_id: str, *, force: bool = False) -> pb.NodeStatus:

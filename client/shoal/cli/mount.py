@@ -228,10 +228,30 @@ def _line_within(stream: IO[bytes], within_s: float) -> bytes:
     return heard
 
 
-def _ask_mounts(*words: str) -> Any:
+def listed(*, timeout_s: float | None = None) -> list[Json]:
+    """This machine's mounts, as ``shoal mount --json`` prints them.
+
+    Raises:
+        ShoalError: they cannot be listed, or not in time.
+    """
+    known: list[Json] = _ask_mounts("list", timeout_s=timeout_s)
+    return known
+
+
+def _ask_mounts(*words: str, timeout_s: float | None = None) -> Any:
     """What ``python -m shoal_csi.mounts`` says. Raises ShoalError with its sentence."""
     command = [sys.executable, "-m", "shoal_csi.mounts", *words]
-    done = subprocess.run(command, env=_environment(), stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    try:
+        done = subprocess.run(
+            command,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ShoalError(f"{' '.join(command)} did not answer within {timeout_s:g} s") from error
     if done.returncode:
         raise ShoalError(_sentence(done.stderr) or f"{' '.join(command)} failed")
     return json.loads(done.stdout)
@@ -258,7 +278,7 @@ _COLUMNS = ("MOUNTPOINT", "DATASET", "SNAPSHOT", "SUBPATH", "STATE", "RESTARTS>"
 
 
 def _list(as_json: bool) -> None:
-    known: list[Json] = _ask_mounts("list")
+    known = listed()
     if as_json:
         output.document(known)
     elif known:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from shoal.cli import dataset, dev, files, mount, node, plan, prefetch, status
+from shoal.cli import dataset, dev, doctor, files, mount, node, plan, prefetch, status
 from shoal.errors import ShoalError
 
 
@@ -71,6 +71,7 @@ for command in (
     plan.plan,
     node.node,
     status.status,
+    doctor.doctor,
     files.ls,
     files.cat,
     files.get,

@@ -42,6 +42,10 @@ class ClusterView(Protocol):
         """The file of a snapshot. Raises SnapshotNotFound."""
         ...
 
+    async def check_origin(self, name: str) -> dict[str, Any]:
+        """What comes of a read of a dataset's origin from here: `shoal.origin.check`. Raises DatasetNotFound."""
+        ...
+
     def stalled(self) -> str | None:
         """None while whatever is asked of this process can be answered; else a sentence (docs/wire.md, "Probes")."""
         ...
@@ -79,6 +83,8 @@ def make_handler(
                 return _json([record.to_dict() for record in view.datasets()])
             case ["v1", "datasets", name]:
                 return _json(_dataset(view, unquote(name)).to_dict())
+            case ["v1", "datasets", name, "origin"]:
+                return _json(await view.check_origin(_dataset(view, unquote(name)).name))
             case ["v1", "resolve"]:
                 return await _resolve(view, request)
             case ["v1", "alive"]:

@@ -214,7 +214,7 @@ class Status(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., datasets: _Optional[_Iterable[_Union[Dataset, _Mapping]]] = ..., jobs: _Optional[_Iterable[_Union[PrefetchJob, _Mapping]]] = ..., warnings: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("node", "used_bytes", "capacity_bytes", "condition", "seconds_since_report", "version", "handover_bytes", "short_bytes", "draining", "drained", "waits_for")
+    __slots__ = ("node", "used_bytes", "capacity_bytes", "condition", "seconds_since_report", "version", "handover_bytes", "short_bytes", "draining", "drained", "waits_for", "contest")
     NODE_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +226,7 @@ class NodeStatus(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     DRAINED_FIELD_NUMBER: _ClassVar[int]
     WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    CONTEST_FIELD_NUMBER: _ClassVar[int]
     node: Node
     used_bytes: int
     capacity_bytes: int
@@ -237,7 +238,8 @@ class NodeStatus(_message.Message):
     draining: bool
     drained: bool
     waits_for: str
-    def __init__(self, node: _Optional[_Union[Node, _Mapping]] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., condition: _Optional[str] = ..., seconds_since_report: _Optional[float] = ..., version: _Optional[str] = ..., handover_bytes: _Optional[int] = ..., short_bytes: _Optional[int] = ..., draining: _Optional[bool] = ..., drained: _Optional[bool] = ..., waits_for: _Optional[str] = ...) -> None: ...
+    contest: str
+    def __init__(self, node: _Optional[_Union[Node, _Mapping]] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., condition: _Optional[str] = ..., seconds_since_report: _Optional[float] = ..., version: _Optional[str] = ..., handover_bytes: _Optional[int] = ..., short_bytes: _Optional[int] = ..., draining: _Optional[bool] = ..., drained: _Optional[bool] = ..., waits_for: _Optional[str] = ..., contest: _Optional[str] = ...) -> None: ...
 
 class DrainNodeRequest(_message.Message):
     __slots__ = ("id", "force")
