@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 MAX_PLACEMENTS = 64
 #: Snapshots kept besides those that file systems have: a process that lives through many refreshes keeps no old ones.
 MAX_SNAPSHOTS = 16
+#: Between two looks for a node on this machine, where there was none.
+LOOK_FOR_LOCAL_S = 5.0
 #: A map that nobody gave is not asked for again by those whose reads fail for this long.
 RENEW_AGAIN_S = 1.0
 
@@ -87,8 +89,10 @@ class Cluster:
 
     def __init__(self, endpoint: str, socket_path: str | None = None, *, use_local: bool = True) -> None:
         self.transport = Transport()
-        self.local = LocalNode.find(self.transport, socket_path) if use_local else None
-        if not endpoint and self.local is None:
+        self._socket_path = socket_path
+        self._local = LocalNode.find(self.transport, socket_path) if use_local else None
+        self._look_for_local_at = time.monotonic() + LOOK_FOR_LOCAL_S if use_local else math.inf
+        if not endpoint and self._local is None:
             raise ClusterUnavailable(
                 "no cluster to read from: set SHOAL_ENDPOINT to http://HOST:PORT of the controller or a cache node, or "
                 "pass storage_options={'endpoint': …}; 'shoal dev' starts a cluster on this machine"
@@ -107,6 +111,17 @@ class Cluster:
 
     def _reset_lock(self) -> None:
         self._lock = threading.Lock()  # guards _map, _recent, _placements; in a fork's child a new one: see `connect`
+
+    @property
+    def local(self) -> LocalNode | None:
+        """The node on this machine; None where there is none. One that starts after this process is found, too."""
+        if self._local is None and time.monotonic() >= self._look_for_local_at:
+            self._look_for_local_at = time.monotonic() + LOOK_FOR_LOCAL_S  # before: others need not look meanwhile
+            found = LocalNode.find(self.transport, self._socket_path)
+            if found is not None and not self._is_another(found.cluster):
+                log.info("the cache node of this machine is there now: node %s", found.node_id)
+                self._local = found
+        return self._local
 
     @property
     def map(self) -> ClusterMap:
@@ -422,8 +437,8 @@ def _after_fork_in_child() -> None:
     _connecting = threading.Lock()
     for cluster in _clusters.values():
         cluster._reset_lock()
-        if cluster.local is not None:
-            cluster.local.maps.reset_lock()
+        if cluster._local is not None:
+            cluster._local.maps.reset_lock()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

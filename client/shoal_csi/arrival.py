@@ -43,13 +43,17 @@ class Options:
     take_over: bool
     background: bool
     announce: str
-    spare: bool
+    spare: bool | None
     watch: float
     refuse_after: int
     daemon_module: str
     timeout: float
     local_tier: str
     local_tier_size: int
+
+    @property
+    def keeps_spare(self) -> bool:
+        return self.spare is not False
 
     @property
     def daemon_args(self) -> list[str]:
@@ -198,6 +202,7 @@ def _as_recorded(options: Options, record: Record) -> Options:
         local_tier_size=options.local_tier_size if options.local_tier else record.local_tier_size,
         allow_other=record.allow_other,
         timeout=options.timeout or record.timeout_s,
+        spare=record.keeps_spare if options.spare is None else options.spare,
     )
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 
 from shoal.cli.output import SizeType
-from shoal.datasets import parse_path
+from shoal.datasets import DatasetRecord, parse_path
 from shoal.errors import ShoalError
 from shoal.filesystem import ShoalFileSystem
 from shoal.maps import RENEW_S
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 STOP_GRACE_S = 5.0
 #: Beside the numbers of signals.
 _UNMOUNTED = b"\0"
+#: What `prepare` found.
+_prepared: Served | None = None
 
 
 @click.command()
@@ -81,11 +83,16 @@ def main(
     try:
         state = State(state_fd)
         tier = open_tier(local_tier, local_tier_size, is_first=state.pinned is None)
-        fs = ShoalFileSystem(endpoint=endpoint, socket=socket, timeout=timeout, skip_instance_cache=True)
-        served = serve(state, fs, dataset, subpath)
+        served = _prepared or serve(state, file_system(endpoint, socket, timeout), dataset, subpath)
     except (ShoalError, OSError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
+    if served.tree.left_out:
+        log.warning(
+            "%d objects of dataset %s are not in the mount: no file system can hold their names, or a directory has "
+            "the same; they can be read as shoal://%s/…",
+            *(served.tree.left_out, served.record.name, served.record.name),
+        )
     # What is left undone here is handed out again to a successor, and nobody waits for threads that wait for nodes.
     os._exit(run(fd, served, state, tier, window_bytes, renew_every))
 
@@ -112,6 +119,25 @@ def check_state(state_fd: int) -> None:
     State.check(state_fd)
 
 
+def prepare(args: list[str]) -> None:
+    """Ask for what the mount is of before this daemon's turn, so that nobody has to answer then. Changes nothing.
+
+    Raises:
+        ShoalError: nobody tells now.
+    """
+    global _prepared
+    options = main.make_context("daemon", list(args)).params
+    pinned = State.pinned_in(options["state_fd"])
+    if pinned is not None:
+        fs = file_system(options["endpoint"], options["socket"], options["timeout"])
+        _prepared = _served(fs, pinned, options["subpath"])
+
+
+def file_system(endpoint: str | None, socket: str | None, timeout_s: float) -> ShoalFileSystem:
+    """The cluster as a client. Raises ShoalError: nobody of it answers."""
+    return ShoalFileSystem(endpoint=endpoint, socket=socket, timeout=timeout_s, skip_instance_cache=True)
+
+
 def serve(state: State, fs: ShoalFileSystem, dataset: str, subpath: str) -> Served:
     """What this mount is of: what its first server pinned, or, for that one, what `dataset` means now.
 
@@ -120,21 +146,19 @@ def serve(state: State, fs: ShoalFileSystem, dataset: str, subpath: str) -> Serv
     """
     pinned = state.pinned
     if pinned is None:
-        name = parse_path(dataset)
-        found, _ = fs.locate(name.root)
-        record, snapshot = found.record, found.snapshot
-    else:
-        record, digest = pinned
-        snapshot = fs.cluster.snapshot(digest)
+        found, _ = fs.locate(parse_path(dataset).root)
+        pinned = found.record, found.snapshot.digest
+        served = _served(fs, pinned, subpath)
+        state.pin(*pinned)
+        return served
+    return _served(fs, pinned, subpath)
+
+
+def _served(fs: ShoalFileSystem, pinned: tuple[DatasetRecord, str], subpath: str) -> Served:
+    """Raises ShoalError: the snapshot or the directory is gone, or nobody tells."""
+    record, digest = pinned
+    snapshot = fs.cluster.snapshot(digest)
     tree = Tree(snapshot.paths, snapshot.sizes, subpath, record.origin.rstrip("/").rpartition("/")[2] or "object")
-    if tree.left_out:
-        log.warning(
-            "%d objects of dataset %s are not in the mount: no file system can hold their names, or a directory has "
-            "the same; they can be read as shoal://%s/…",
-            *(tree.left_out, record.name, record.name),
-        )
-    if pinned is None:
-        state.pin(record, snapshot.digest)
     return Served(record, snapshot, tree, lambda row: fs.object_reader(record, snapshot, row))
 
 

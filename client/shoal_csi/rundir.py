@@ -74,6 +74,7 @@ class Record:
         daemon_module: what ``python -m`` runs.
         timeout_s: that one read may take; 0: what the daemon takes by itself. Records of before have none.
         local_tier, local_tier_size: as the daemon is given them; "" where there is none.
+        keeps_spare: whether a spare is loaded once the daemon is well.
         pid_namespace: of the supervisor, in which the pids are; `mount_namespace`: a container has one of its own. As
             `namespace` gives them; 0: not known.
     """
@@ -98,6 +99,7 @@ class Record:
     timeout_s: float = 0.0
     local_tier: str = ""
     local_tier_size: int = 0
+    keeps_spare: bool = True
     pid_namespace: int = 0
     mount_namespace: int = 0
 

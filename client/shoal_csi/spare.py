@@ -4,6 +4,9 @@ Loading takes a daemon many times as long as taking a mount over. So one is load
 ``loaded`` on stdout, and becomes ``MODULE.main()`` when a byte comes on stdin. Where stdin ends without one nobody will
 want it any more, and it ends.
 
+``MODULE.prepare(ARGS)``, where there is one, has what the mount is of at hand before: so a daemon can take over while
+nobody of the cluster answers. Until that succeeds this one is not loaded, and tries again; its turn may come meanwhile.
+
 It is not loaded where it could not go on with what the other one leaves: ``MODULE.check_state(fd)``, where there is
 one, says so with a `ShoalError`. Then it ends with ``error: …``, and the other one serves on.
 
@@ -14,12 +17,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
+from collections.abc import Callable
 
 from shoal.errors import ShoalError
 
 GO = b"g"
 LOADED = "loaded"
+#: Between two attempts to prepare.
+PREPARE_AGAIN_S = 5.0
 
 
 def main(module: str, args: list[str]) -> None:
@@ -31,10 +38,27 @@ def main(module: str, args: list[str]) -> None:
             check(int(args[args.index("--state-fd") + 1]))
         except ShoalError as error:
             sys.exit(f"error: {error}")
-    print(LOADED, flush=True)
+    prepare = getattr(loaded, "prepare", None)
+    if prepare is None or _prepared(prepare, args):
+        print(LOADED, flush=True)
     if os.read(0, 1) == GO:
         sys.argv = [module, *args]
         loaded.main()
+
+
+def _prepared(prepare: Callable[[list[str]], None], args: list[str]) -> bool:
+    """Prepare, or try until stdin has something; whether it succeeded."""
+    said = ""
+    while True:
+        try:
+            prepare(args)
+            return True
+        except ShoalError as error:
+            if str(error) != said:
+                said = str(error)
+                print(f"a spare daemon waits for the cluster: {said}", file=sys.stderr, flush=True)
+        if select.select([0], [], [], PREPARE_AGAIN_S)[0]:
+            return False
 
 
 if __name__ == "__main__":

@@ -112,6 +112,17 @@ class State:
                 "let that one serve it, or unmount, and mount again"
             )
 
+    @staticmethod
+    def pinned_in(fd: int) -> tuple[DatasetRecord, str] | None:
+        """As `pinned`, of the file behind `fd`. Changes nothing."""
+        first = os.pread(fd, _TEXT_BYTES, 0)
+        words = np.frombuffer(first[: len(first) // 8 * 8], np.uint64)
+        if len(words) <= _TEXT_AT // 8 or not words[_IS_PINNED]:
+            return None
+        length = int(words[_TEXT_AT // 8])
+        raw = json.loads(first[_TEXT_AT + 8 : _TEXT_AT + 8 + length])
+        return DatasetRecord.from_dict(raw["dataset"]), raw["snapshot"]
+
     def _map(self, size: int) -> None:
         self._mapped = mmap.mmap(self._fd, size)
         self._words: npt.NDArray[np.uint64] = np.frombuffer(self._mapped, np.uint64)
@@ -121,12 +132,7 @@ class State:
     @property
     def pinned(self) -> tuple[DatasetRecord, str] | None:
         """The dataset, and the digest of the snapshot that is served; None before `pin`."""
-        if not self._words[_IS_PINNED]:
-            return None
-        length = int(self._words[_TEXT_AT // 8])
-        text = self._mapped[_TEXT_AT + 8 : _TEXT_AT + 8 + length]
-        raw = json.loads(text)
-        return DatasetRecord.from_dict(raw["dataset"]), raw["snapshot"]
+        return self.pinned_in(self._fd)
 
     def pin(self, record: DatasetRecord, digest: str) -> None:
         """Let this mount be of that snapshot, for good."""

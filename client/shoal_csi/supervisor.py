@@ -366,7 +366,7 @@ class Supervisor:
             self._happened(states.ProbeAnswered())
             self._deposit.renew()
             is_well = self._state.phase is Phase.SERVING and self._state.failures == 0 and self._state.probes > 1
-            if is_well and self._options.spare and self._spare is None:
+            if is_well and self._options.keeps_spare and self._spare is None:
                 self._load_spare()
         else:
             self._look_at_connection()
@@ -468,6 +468,7 @@ class Supervisor:
             timeout_s=options.timeout,
             local_tier=options.local_tier,
             local_tier_size=options.local_tier_size,
+            keeps_spare=options.keeps_spare,
             pid_namespace=rundir.namespace("pid"),
             mount_namespace=rundir.namespace("mnt"),
         )
@@ -532,8 +533,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "--background", action="store_true", help="log to a file; stdout and stderr only until it answers"
     )
     parser.add_argument("--announce", choices=["ready", "json", "text"], default="ready")
-    spare_help = "keep a loaded daemon for when the other one ends"
-    parser.add_argument("--spare", action=argparse.BooleanOptionalAction, default=True, help=spare_help)
+    spare_help = (
+        "keep a loaded daemon for when the other one ends; by itself, unless a mount that is taken over has none"
+    )
+    parser.add_argument("--spare", action=argparse.BooleanOptionalAction, default=None, help=spare_help)
     parser.add_argument("--watch", type=float, default=WATCH_S, help="seconds between two requests through the mount")
     refuse_help = "daemons that may fail in a row until requests fail, too; 0: they wait for good"
     parser.add_argument("--refuse-after", type=int, default=states.FAILURES_TO_REFUSE, help=refuse_help)

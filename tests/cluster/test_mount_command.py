@@ -207,7 +207,7 @@ def test_no_such_dataset_snapshot_or_directory(place: Place, dataset: S3Dataset)
 
 def test_cluster_away(place: Place) -> None:
     words = ("mount", "any", place.mountpoint, "--endpoint", "http://127.0.0.1:1")
-    del place.environment["SHOAL_SOCKET"]
+    place.environment["SHOAL_SOCKET"] = "/nonexistent"
     assert "127.0.0.1:1" in sentence(place, *words)
     assert not place.is_mounted()
 

@@ -259,6 +259,11 @@ def test_without_a_spare(place: Place) -> None:
     wait_for(lambda: {*place.processes()} == {supervisor.pid, before})
     place.kill_daemon()
     assert read(place) == FIRST and place.daemon_pid != before
+    supervisor.kill()
+    supervisor.wait()
+    successor = place.mount("--take-over")
+    assert read(place) == FIRST and place.record.supervisor_pid == successor.pid
+    assert not place.record.keeps_spare, "who takes it over keeps none either"
 
 
 def test_daemon_killed_while_it_is_being_replaced(place: Place) -> None:

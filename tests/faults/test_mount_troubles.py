@@ -75,8 +75,9 @@ class World:
                 assert Path(place.mountpoint, name).read_bytes() == OBJECTS[name]
             yield place
 
-    def mount(self, place: Place, *words: str) -> None:
-        done = place.run("shoal.cli", "mount", self.dataset.name, place.mountpoint, "--no-spare", *words)
+    def mount(self, place: Place, *words: str, has_spare: bool = False) -> None:
+        own = [] if has_spare else ["--no-spare"]
+        done = place.run("shoal.cli", "mount", self.dataset.name, place.mountpoint, *own, *words)
         assert done.returncode == 0, done.stderr
 
     def refresh(self) -> None:
@@ -230,6 +231,42 @@ def test_the_controller_killed(world: World) -> None:
         place.kill_daemon()
         assert Path(place.mountpoint, "cached").read_bytes() == OBJECTS["cached"]
         wait_for(lambda: place.record.state == "serving" and place.daemon_pid != before)
+
+
+def test_a_daemon_killed_while_nobody_of_the_cluster_answers(world: World) -> None:
+    """Its spare knows already what the mount is of. Names are served, what is read waits for the cluster, and nobody
+    sees an error; a newer daemon that knows nothing yet does not take the place of one that serves."""
+    with ExitStack() as readers, Place(world.cluster.environment()) as place:
+        world.mount(place, has_spare=True)
+        root = Path(place.mountpoint)
+        assert (root / "cached").read_bytes() == OBJECTS["cached"]
+        file = readers.enter_context((root / "cold/0").open("rb", buffering=0))
+        wait_for(lambda: place.record.spare_pid is not None)
+        world.cluster.controller.kill()
+        world.cluster.nodes[0].kill()
+        before = place.daemon_pid
+        os.kill(place.record.supervisor_pid, signal.SIGHUP)  # an upgrade: the spare goes, and the next cannot prepare
+        wait_for(lambda: "a spare daemon waits for the cluster" in place.log())
+        assert place.daemon_pid == before and place.record.state == "serving"
+        assert (root / "several").stat().st_size == len(OBJECTS["several"])
+        world.cluster.controller.start()
+        world.cluster.nodes[0].start()
+        wait_for(lambda: place.daemon_pid not in (None, before) and place.record.state == "serving", 60)
+        wait_for(lambda: place.record.spare_pid is not None, 60)
+
+        world.cluster.controller.kill()
+        world.cluster.nodes[0].kill()
+        before = place.daemon_pid
+        place.kill_daemon()
+        wait_for(lambda: place.daemon_pid not in (None, before) and place.record.state == "serving")
+        assert sorted(path.name for path in root.iterdir()) == ["cached", "cached-large", "cold", "several"]
+        assert (root / "cold/7").stat().st_size == len(OBJECTS["cold/7"])
+        assert place.record.failures == 1, "the next one came up at once"
+        world.cluster.controller.start()
+        world.cluster.nodes[0].start()
+        assert os.read(file.fileno(), 1 << 20) == OBJECTS["cold/0"]
+        for name, data in OBJECTS.items():
+            assert (root / name).read_bytes() == data
 
 
 def test_an_origin_that_stalls_for_longer_than_the_timeout(world: World) -> None:

@@ -15,7 +15,9 @@ import tenacity
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shoal import cluster as clusters
 from shoal.errors import NodeUnavailable, OriginChanged, OriginUnavailable, Overloaded
+from shoal.filesystem import ShoalFileSystem
 from shoal_cachenode import recent
 from tests.support.minicluster import MiniCluster
 
@@ -248,6 +250,36 @@ def test_one_request_opens_the_large_shards_behind_it(tmp_path: Path) -> None:
         assert len(local.maps) == 6
         cluster.stop_node(0)
         assert fs.open_buffer("set/3").to_pybytes() == large["3"]
+
+
+def test_a_local_node_that_starts_after_its_readers_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a host that starts: the mount may be there before the node."""
+    plain = content("x", 200)
+    with MiniCluster(tmp_path, {"x": plain}, part_size=PART) as cluster:
+        cluster.filesystem().cat_file("set/x")
+        cluster.run(cluster.nodes[0].fills.settle())
+        link = tmp_path / "later.sock"
+        fs = ShoalFileSystem(endpoint=cluster.nodes[0].address, socket=str(link), skip_instance_cache=True)
+        assert fs.cat_file("set/x") == plain and fs.cluster.local is None
+        link.symlink_to(cluster._socket(0))
+        assert fs.cluster.local is None, "looked for just now"
+        monkeypatch.setattr(clusters, "LOOK_FOR_LOCAL_S", 0.0)
+        fs.cluster._look_for_local_at = 0.0
+        assert fs.open_buffer("set/x").to_pybytes() == plain
+        assert fs.cluster.local is not None and len(fs.cluster.local.maps) == 1
+
+
+def test_a_node_of_another_cluster_is_not_taken_for_the_local_one(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    with MiniCluster(tmp_path / "1", {"x": b"x"}) as cluster, MiniCluster(tmp_path / "2", {"x": b"x"}) as other:
+        link = tmp_path / "later.sock"
+        fs = ShoalFileSystem(endpoint=cluster.nodes[0].address, socket=str(link), skip_instance_cache=True)
+        assert fs.cluster.local is None
+        link.symlink_to(other._socket(0))
+        fs.cluster._cluster_id = "this one"
+        fs.cluster._look_for_local_at = 0.0
+        assert fs.cluster.local is None
 
 
 def test_shard_that_is_filling_is_streamed_to_the_local_node_s_readers_and_mapped_later(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ Json = dict[str, Any]
 @click.option("--upgrade", is_flag=True, help="Put new processes in the place of those that serve MOUNTPOINT.")
 @click.option(
     "--spare/--no-spare",
-    default=True,
-    help="Keep a second process loaded, for a short wait when one ends.",
+    default=None,
+    help="Keep a second process loaded, for a short wait when one ends; default: yes, or what an upgraded mount has.",
 )
 @click.option(
     "--timeout",
@@ -74,7 +74,7 @@ def mount(
     local_tier: str | None,
     local_tier_size: int | None,
     upgrade: bool,
-    spare: bool,
+    spare: bool | None,
     timeout: float | None,
     daemon_module: str,
     endpoint: str | None,
@@ -91,7 +91,7 @@ def mount(
             "give MOUNTPOINT alone" if upgrade else "give NAME[@SNAPSHOT] and MOUNTPOINT, or nothing"
         )
     command = [sys.executable, "-m", "shoal_csi.supervisor", "--mountpoint", words[-1]]
-    command += [] if spare else ["--no-spare"]
+    command += [] if spare is None else ["--spare" if spare else "--no-spare"]
     command += ["--timeout", str(timeout)] if timeout is not None else []
     command += ["--daemon-module", daemon_module] if daemon_module else []
     command += ["--endpoint", endpoint] if endpoint else []
