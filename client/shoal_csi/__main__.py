@@ -15,6 +15,8 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import click
 
+from shoal import logs
+from shoal.cli import log_options
 from shoal.cli.output import SizeType
 from shoal.errors import InvalidRequest, ShoalError
 from shoal_csi import signal_pipe
@@ -77,6 +79,7 @@ Every flag is also an environment variable: SHOAL_CSI_ENDPOINT, SHOAL_CSI_NODE_I
 )
 @click.option("--local-tier-size", type=SizeType(), metavar="SIZE", help="What DIR may hold, such as 100GiB.")
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
+@log_options.format_option("SHOAL_CSI")
 @click.version_option(package_name="shoal")
 def main(
     endpoint: str,
@@ -91,11 +94,11 @@ def main(
     local_tier: Path | None,
     local_tier_size: int | None,
     log_level: str,
+    log_format: str,
 ) -> None:
     """Show datasets to pods as read-only volumes. What is mounted goes on while the driver is away."""
-    logging.basicConfig(
-        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(log_level, log_format)
+    os.environ[logs.VARIABLE] = log_format  # for what serves the mounts
     has_node = node or not controller
     try:
         if has_node and not node_id:
@@ -117,7 +120,7 @@ def main(
         )
         _serve(config)
     except ShoalError as error:
-        click.echo(f"error: {error}", err=True)
+        logs.fail(str(error))
         raise SystemExit(1) from None
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import click
 
+from shoal import logs
 from shoal.cli.output import SizeType
 from shoal.datasets import parse_path
 from shoal.errors import ShoalError
@@ -73,18 +74,14 @@ def main(
     verbose: bool,
 ) -> None:
     """Serve a mounted dataset until it is unmounted."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    logs.configure("debug" if verbose else "info", dataset=dataset.partition("@")[0])
     try:
         state = State(state_fd)
         tier = open_tier(local_tier, local_tier_size, is_first=state.pinned is None)
         fs = ShoalFileSystem(endpoint=endpoint, socket=socket, timeout=timeout, skip_instance_cache=True)
         served = serve(state, fs, dataset, subpath)
     except (ShoalError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
+        logs.fail(str(error))
         sys.exit(1)
     # What is left undone here is handed out again to a successor, and nobody waits for threads that wait for nodes.
     os._exit(run(fd, served, state, tier, window_bytes, renew_every))

@@ -124,7 +124,7 @@ class Keeper:
             if self._is_first_round:
                 self._say(logging.INFO, place, f"taken over {place}, which answers, for {_volumes(users)}")
             elif self._said.pop(place, "").startswith(f"{place} does not answer"):
-                log.info("%s answers again", place)
+                log.info("%s answers again", place, extra={"mount": place})
         elif self._shared.release(shared):
             self._say(logging.INFO, place, f"detached {place}, which {state.value}: no volume uses it")
         return True
@@ -139,13 +139,13 @@ class Keeper:
                 bind.replace(fresh.mountpoint, user.root.strip("/"), target, capability.flags_of(user.options))
                 return True
         except ShoalError as error:
-            log.error("%s could not be bound again: %s", target, error)
+            log.error("%s could not be bound again: %s", target, error, extra={"volume": target})
             return False
 
     def _say(self, level: int, place: str, line: str) -> None:
         if self._said.get(place) != line:
             self._said[place] = line
-            log.log(level, "%s", line)
+            log.log(level, "%s", line, extra={"mount": place})
 
 
 def _volumes(users: list[Mount]) -> str:

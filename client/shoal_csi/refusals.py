@@ -86,7 +86,7 @@ class Seam(_ServerInterceptor):
             except ShoalError as error:
                 _abort(context, method, error)
             except Exception as error:  # told with a sentence; gRPC would say UNKNOWN and nothing else
-                log.exception("%s failed", method)
+                log.exception("%s failed", method, extra={"method": method})
                 _abort(context, method, ShoalError(f"the driver failed ({error!r}): its log has the details"))
 
         return grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
@@ -94,6 +94,6 @@ class Seam(_ServerInterceptor):
 
 def _abort(context: grpc.ServicerContext, method: str, error: ShoalError) -> NoReturn:
     code = code_of(error)
-    log.warning("%s: %s: %s", method, code.name, error)
+    log.warning("%s: %s: %s", method, code.name, error, extra={"method": method, "code": code.name})
     context.abort(code, str(error).encode()[: grpc_errors.MAX_DETAILS_BYTES].decode(errors="ignore"))
     raise AssertionError("abort() does not return")

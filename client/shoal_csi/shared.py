@@ -122,7 +122,7 @@ class SharedMounts:
         except BaseException:
             self._clear(str(place))
             raise
-        log.info("mounted %s at %s", wanted, place)
+        log.info("mounted %s at %s", wanted, place, extra={"dataset": dataset, "mount": str(place)})
         return SharedMount(dataset, snapshot, str(place), mount.device)
 
     def release(self, shared: SharedMount) -> bool:
@@ -154,7 +154,7 @@ class SharedMounts:
             if MountTable.now().at(mountpoint) is not None:
                 self._mounts.unmount(mountpoint)
         except ShoalError as error:
-            log.warning("detaching %s without its server's help: %s", mountpoint, error)
+            log.warning("detaching %s without its server's help: %s", mountpoint, error, extra={"mount": mountpoint})
         finally:
             bind.detach(mountpoint)
             _remove(Path(mountpoint))

@@ -16,6 +16,7 @@ import importlib
 import os
 import sys
 
+from shoal import logs
 from shoal.errors import ShoalError
 
 GO = b"g"
@@ -30,7 +31,8 @@ def main(module: str, args: list[str]) -> None:
         try:
             check(int(args[args.index("--state-fd") + 1]))
         except ShoalError as error:
-            sys.exit(f"error: {error}")
+            logs.fail(str(error))
+            sys.exit(1)
     print(LOADED, flush=True)
     if os.read(0, 1) == GO:
         sys.argv = [module, *args]

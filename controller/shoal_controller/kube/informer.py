@@ -79,7 +79,8 @@ class Informer:
                 if error.has_expired:
                     version = ""
                 else:
-                    log.warning("%s are not watched for now: %s", self.resource.plural, error)
+                    plural = self.resource.plural
+                    log.warning("%s are not watched for now: %s", plural, error, extra={"resource": plural})
             # Also after a watch that the server ended: one that ends each at once must not be asked without a pause.
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, LAST_RETRY_S)

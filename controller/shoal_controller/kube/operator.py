@@ -179,12 +179,12 @@ class Operator:
         for node_id, reason in decided.drain.items():
             try:
                 await self._shell.apply(DrainRequested(node_id))
-                log.info("cache node %s is drained: %s", node_id, reason)
+                log.info("cache node %s is drained: %s", node_id, reason, extra={"node": node_id})
             except DoesNotFit as error:
                 refusals.append(f"{reason}, but {error}")
         for node_id in decided.undrain:
             await self._shell.apply(UndrainRequested(node_id))
-            log.info("cache node %s owns its share again", node_id)
+            log.info("cache node %s owns its share again", node_id, extra={"node": node_id})
         await self._remember(decided.ours)
         if refusals:
             raise DoesNotFit("; ".join(refusals))
@@ -215,11 +215,11 @@ class Operator:
                     return  # its status with the next pass
                 case datasets.RemoveFinalizer():
                     await self._set_finalizer(self.datasets, raw, datasets.FINALIZER, wanted=False)
-                    log.info("dataset %s is gone", name)
+                    log.info("dataset %s is gone", name, extra={"dataset": name})
                     return
                 case datasets.Remove():
                     await self._catalog.remove(name)
-                    log.info("dataset %s is removed", name)
+                    log.info("dataset %s is removed", name, extra={"dataset": name})
                 case _ if missing_secret:
                     pass  # with other credentials than those that it has, nothing is begun
                 case datasets.Add(definition):
@@ -293,7 +293,8 @@ class Operator:
         elif error is None:
             self._works[name] = replace(before, failure=None, done_request=request or before.done_request)
         else:
-            log.warning("dataset %s: %s", name, error, exc_info=None if isinstance(error, ShoalError) else error)
+            trace = None if isinstance(error, ShoalError) else error
+            log.warning("dataset %s: %s", name, error, exc_info=trace, extra={"dataset": name})
             told = error if isinstance(error, ShoalError) else ShoalError(repr(error))
             failure = Failure.of(told, declared.generation, before.failure, self._clock())
             self._works[name] = replace(before, failure=failure)

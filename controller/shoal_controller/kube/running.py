@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from shoal import logs
 from shoal.errors import NotFound, StoreUnusable, Unavailable
 from shoal.transport import Transport
 from shoal.wire.http_messages import Request, Response
@@ -81,6 +82,7 @@ async def serve(config: Config, kube: KubeConfig, stop: asyncio.Event) -> None:
         StoreUnusable: the record or an address cannot be used.
         ShoalError: no API server is known.
     """
+    logs.note(replica=kube.identity)
     async with AsyncExitStack() as stack:
         api = await HttpApi.connect()
         stack.push_async_callback(api.close)
