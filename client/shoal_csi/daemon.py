@@ -31,6 +31,7 @@ from shoal.filesystem import ShoalFileSystem
 from shoal.maps import RENEW_S
 from shoal.reader import TIMEOUT_S
 from shoal_csi import signal_pipe
+from shoal_csi.numbers import Publisher
 from shoal_csi.server import Served, Server
 from shoal_csi.state import State
 from shoal_csi.tier import Tier
@@ -143,6 +144,8 @@ def run(fd: int, served: Served, state: State, tier: Tier | None, window_bytes: 
         os.write(says, _UNMOUNTED)
 
     server = Server(fd, served, state, on_over=unmounted, tier=tier, window_bytes=window_bytes, renew_s=renew_s)
+    publisher = Publisher(state, server.numbers)
+    publisher.start()
     server.start()
     print(f"ready {json.dumps(server.report())}", flush=True)
     is_wanted = os.read(over, 1) != _UNMOUNTED
@@ -150,6 +153,7 @@ def run(fd: int, served: Served, state: State, tier: Tier | None, window_bytes: 
         log.info("requests are under way that take long: a successor will be handed them")
     log.info("served %d requests, and end: %s", server.requests, "SIGTERM" if is_wanted else "unmounted")
     server.close()
+    publisher.close()
     sys.stdout.flush()
     sys.stderr.flush()
     return 0

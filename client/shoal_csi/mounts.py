@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal.errors import ShoalError
-from shoal_csi import deposits, fdstore, kernel, places, probing, rundir, sockets
+from shoal_csi import deposits, fdstore, kernel, numbers, places, probing, rundir, sockets
 from shoal_csi.mount_table import Mount, MountTable
 from shoal_csi.rundir import Record
 
@@ -245,6 +245,7 @@ def _json(record: Record, *, is_mounted: bool, has_supervisor: bool, kept: str) 
         "daemon_pid": None if daemon is None else daemon.pid,
         "spare_pid": record.spare_pid if has_supervisor else None,
         "log": record.log or None,
+        "numbers": numbers.read(record),
     }
 
 
@@ -264,6 +265,7 @@ def _stranger(mount: Mount) -> dict[str, Any]:
         "daemon_pid": None,
         "spare_pid": None,
         "log": None,
+        "numbers": None,
     }
 
 

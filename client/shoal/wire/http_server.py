@@ -231,7 +231,7 @@ class HttpServer:
             self._idle.pop(connection, None)
 
     async def _refuse(self, connection: Connection) -> None:
-        """Say that there is no room; but whoever asks how this process fares, is told, however many others there are."""
+        """Say that there is no room; but tell how this process fares, however many others there are."""
         try:
             request = await connection.request_within(REFUSAL_S)
             if request is not None and request.path in ALWAYS_ANSWERED:
