@@ -19,7 +19,7 @@ import click
 from shoal import logs, sizes
 from shoal.cli import log_options
 from shoal.errors import InvalidRequest, ShoalError, StoreUnusable
-from shoal.wire import batch, routes
+from shoal.wire import addresses, batch, routes
 from shoal.wire.http_server import MAX_CONNECTIONS, HttpServer
 from shoal_cachenode import allocator, data_routes, metrics
 from shoal_cachenode.membership import Membership
@@ -111,7 +111,7 @@ def main(
     """Serve a share of the cluster's cache from this machine's drive."""
     logs.configure(log_level, log_format)
     try:
-        host, port = split_address(listen)
+        host, port = addresses.split(listen, "0.0.0.0:7450")
         labels = parse_topology(topology)
         labels.setdefault("host", socket.gethostname())
         config = Config(
@@ -208,14 +208,6 @@ async def _listen(server: HttpServer, host: str, port: int) -> int:
         raise StoreUnusable(
             f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; give --listen another address"
         ) from error
-
-
-def split_address(text: str) -> tuple[str, int]:
-    """Take ``HOST:PORT`` apart. Raises InvalidRequest."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidRequest(f"{text!r} is no address: write HOST:PORT, such as 0.0.0.0:7450")
-    return host.strip("[]"), int(port)
 
 
 def parse_topology(text: str) -> dict[str, str]:

@@ -27,7 +27,10 @@ from shoal.errors import ShoalError
 from shoal_csi import deposits, fdstore, kernel, numbers, places, probing, rundir, sockets
 from shoal_csi.mount_table import Mount, MountTable
 from shoal_csi.rundir import Record
+from shoal_csi.states import Phase
 
+#: Of a mount: phases of one that has a supervisor, and what others are in.
+STATES = (*map(str, Phase), "detached", "unsupervised", "kept", "dead", "unknown")
 #: A probe of the supervisor's, or a look of somebody's, makes a mount busy for a moment.
 _BUSY_WITHIN_S, _AGAIN_S = 1.0, 0.05
 #: For supervisor and daemon to end once there is nothing to serve.

@@ -63,6 +63,9 @@ assert len(COUNTERS) < state_head.NUMBERS // 2
 #: Gauges have the second half, so that counters may be added.
 _GAUGES_AT = state_head.NUMBERS // 2
 
+#: Daemons that there were, the one that serves included.
+STARTS = "daemon_starts"
+
 Numbers = Mapping[str, int]
 
 
@@ -105,7 +108,7 @@ def decode(words: tuple[int, ...]) -> dict[str, int]:
 
 
 def read(record: Record) -> dict[str, int] | None:
-    """The numbers of a mount, and ``daemon_starts``; None where no process that has them can be seen from here."""
+    """The numbers of a mount, and `STARTS`; None where no process that has them can be seen from here."""
     daemon = record.living_daemon
     if daemon is None:
         return None
@@ -117,5 +120,5 @@ def read(record: Record) -> dict[str, int] | None:
             os.close(fd)
         if found is not None:
             starts, words = found
-            return {"daemon_starts": starts, **decode(words)}
+            return {STARTS: starts, **decode(words)}
     return None

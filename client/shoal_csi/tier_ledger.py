@@ -248,6 +248,15 @@ class Ledger:
             os.close(fd)
 
 
+def counts(directory: Path) -> tuple[int, int]:
+    """Bytes allocated and whole objects of the tier in `directory`, whoever brought them; none where it is not one."""
+    try:
+        raw = (directory / "lock").read_bytes()
+    except OSError:
+        return 0, 0
+    return _COUNTS.unpack(raw)[1:] if len(raw) == _COUNTS.size else (0, 0)
+
+
 def _lock(fd: int) -> bool:
     """Lock a file for oneself, for as long as it is open; whether nobody else has it locked."""
     try:

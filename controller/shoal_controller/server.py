@@ -15,8 +15,8 @@ from pathlib import Path
 
 import grpc.aio
 
-from shoal.errors import InvalidRequest, StoreUnusable
-from shoal.wire import routes
+from shoal.errors import StoreUnusable
+from shoal.wire import addresses, routes
 from shoal.wire.http_server import HttpServer
 from shoal.wire.shoal_pb2_grpc import add_ControlServicer_to_server, add_MembershipServicer_to_server
 from shoal_controller.bootstrap import ControllerView
@@ -57,10 +57,7 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> Address:
         """Take ``HOST:PORT`` apart. Raises InvalidRequest."""
-        host, colon, port = text.rpartition(":")
-        if not colon or not host or not port.isdecimal() or int(port) > 65535:
-            raise InvalidRequest(f"{text!r} is no address: write HOST:PORT, such as 0.0.0.0:7440")
-        return cls(host.strip("[]"), int(port))
+        return cls(*addresses.split(text, "0.0.0.0:7440"))
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
