@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc.aio
+from prometheus_client.registry import Collector
 
 from shoal.errors import StoreUnusable
 from shoal.wire import addresses, routes
@@ -99,8 +100,11 @@ class Server:
         self._stack = stack
 
     @classmethod
-    async def start(cls, config: Config, list_origin: ListOrigin) -> Server:
+    async def start(cls, config: Config, list_origin: ListOrigin, *collectors: Collector) -> Server:
         """Open the data directory and serve.
+
+        Args:
+            collectors: metrics of what runs beside it in the process.
 
         Raises:
             StoreUnusable: the data directory or one of the addresses cannot be used.
@@ -111,7 +115,7 @@ class Server:
             catalog = Catalog(shell, list_origin, config.adhoc)
             stack.push_async_callback(catalog.close)
             view = ControllerView(shell, catalog)
-            metrics = ControllerMetrics(shell)
+            metrics = ControllerMetrics(shell, *collectors)
 
             http = HttpServer(routes.make_handler(view, metrics.exposition), epoch=view.epoch)
             stack.push_async_callback(http.close)

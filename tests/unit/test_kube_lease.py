@@ -68,6 +68,7 @@ def test_the_second_waits_until_the_first_gives_back() -> None:
         first, second = election(api, "a"), election(api, "b")
         await first.acquire()
         assert holder(api) == "a"
+        assert (first.is_leader, second.is_leader) == (True, False)
         waiting = asyncio.create_task(second.acquire())
         holding = asyncio.create_task(first.hold())
         await api.asked(10)  # by both

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from shoal.version import VERSION
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-disable_created_metrics()  # a time beside each counter, which nobody asks for in this format
+disable_created_metrics()  # type: ignore[no-untyped-call] # a time beside each counter, which nobody asks for in this format
 
 
 class _Build(Collector):
