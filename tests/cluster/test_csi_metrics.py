@@ -51,7 +51,7 @@ def _look(place: Place, running: Driver, dataset: str) -> None:
     text = metrics.scrape(running.metrics_port)
     metrics.check(text)
     found = metrics.samples(text)
-    assert found["shoal_csi_mounts", "serving"] == found["shoal_csi_volumes"] == 1
+    assert found["shoal_csi_mounts", "serving"] == found["shoal_csi_volumes",] == 1
     assert found["shoal_csi_calls_total", "OK", "NodePublishVolume"] == 1
     received = [found["shoal_mount_received_bytes_total", dataset, where] for where in ("local", "peer", "origin")]
     assert sum(received) >= size_bytes

@@ -42,25 +42,25 @@ def names(found: Iterable[Metric]) -> set[str]:
     return {f"{family.name}_total" if family.type == "counter" else family.name for family in found}
 
 
-def stored(found: Iterable[Metric]) -> set[str]:
-    """As a query names them."""
-    parts = {"histogram": ("_bucket", "_count", "_sum"), "counter": ("_total",)}
-    return {family.name + end for family in found for end in parts.get(family.type, ("",))}
+def labels(*pages: str) -> dict[str, set[str]]:
+    """Names that the docs have, in the first column of tables or among those of every process; with their labels."""
+    text = "\n".join((DOCS / page).read_text() for page in pages)
+    rows = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+    found = re.findall(r"`(shoal_\w+)(?:\{([\w,]+)\})?`", rows) + re.findall(r"`((?:process|python)_\w+)()`", text)
+    return {name: set(filter(None, names.split(","))) for name, names in found}
 
 
 def documented(*pages: str, prefix: str = "shoal_") -> set[str]:
     """Names in the first column of tables."""
-    rows = "\n".join(
-        line.split("|")[1]
-        for page in pages
-        for line in (DOCS / page).read_text().splitlines()
-        if line.startswith("| `")
-    )
-    return set(re.findall(rf"`({prefix}\w+)", rows))
+    return {name for name in labels(*pages) if re.match(prefix, name)}
 
 
 def check(text: str) -> None:
-    """Every metric is described, by a sentence and by the docs."""
-    found = own(text)
+    """Every metric is described, by a sentence and by the docs, with its labels."""
+    found, known = own(text), labels(*PAGES)
     assert [family.name for family in found if not re.fullmatch(r"[A-Z0-9].*[^ .]\.", family.documentation)] == []
-    assert sorted(names(found) - documented(*PAGES)) == []
+    assert sorted(names(found) - known.keys()) == []
+    for family in found:
+        (name,) = names([family])
+        for sample in family.samples:
+            assert sample.labels.keys() - {"le"} == known[name], name
