@@ -131,6 +131,7 @@ class Server:
         self._terms = state.terms
         self._silent = _is_of_small(served.snapshot)
         self._may_passthrough = True
+        self._of_tier: set[int] = set()  # backing ids; those of a server that is gone count as the node's
         self.opens = Opens(state, self._close_backing)
         self.reads = Reads(served.reader_of, window_bytes)
         self._keeping = None if tier is None else self._keep(tier)
@@ -147,7 +148,6 @@ class Server:
         self._busy = [False] * takers
         self.requests = self._reads = self._read_bytes = self._read_wait_us = self._tier_opens = 0
         self._errors = dict.fromkeys(failures.ERRNOS, 0)
-        self._of_tier: set[int] = set()  # backing ids; those of a server that is gone count as the node's
         self._handlers: dict[int, Callable[[Header, memoryview, int], Answer]] = {
             Opcode.INIT: self._init,
             Opcode.LOOKUP: self._lookup,

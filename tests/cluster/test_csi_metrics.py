@@ -60,11 +60,11 @@ def _look(place: Place, running: Driver, dataset: str) -> None:
     assert mounted["numbers"]["read_bytes"] == size_bytes
 
     os.kill(mounted["daemon_pid"], signal.SIGKILL)
-    wait_for(
-        lambda: told("mount_daemon_restarts_total", dataset) == 1 and told("mount_daemon_starts_total", dataset) == 2
-    )
+    wait_for(lambda: told("mount_daemon_starts_total", dataset) == 2)
+    wait_for(lambda: told("mount_daemon_restarts_total", dataset) == 1 and told("csi_mounts", "serving") == 1)
     os.kill(mounted["supervisor_pid"], signal.SIGKILL)
-    wait_for(lambda: told("mount_takeovers_total", dataset) == told("csi_mounts_kept_total", "supervised") == 1)
+    wait_for(lambda: told("mount_takeovers_total", dataset) == 1)
+    assert told("csi_mounts_kept_total", "supervised") >= 1
     assert told("mount_read_bytes_total", dataset) == size_bytes
     running.unpublish(target)
     wait_for(lambda: _served(place) == [])
