@@ -10,8 +10,7 @@ import pytest
 from shoal.wire.process_metrics import Exposition
 from shoal_cachenode.metrics import exposition
 from shoal_csi.metrics import CallMetrics, MountMetrics
-from shoal_csi.rundir import Daemon, Record
-from tests.support import metrics
+from tests.support import metrics, mounting
 from tests.support.minicluster import MiniCluster
 
 
@@ -35,27 +34,6 @@ def test_of_the_csi_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     told.registry.register(MountMetrics(tmp_path / "mounts", None, 0))
     CallMetrics(told).begun("Probe")("OK")
     (tmp_path / "run" / "a").mkdir(parents=True)
-    record = dataclasses.replace(RECORD, mountpoint=str(tmp_path / "mounts" / "d" / "1"))
+    record = dataclasses.replace(mounting.RECORD, mountpoint=str(tmp_path / "mounts" / "d" / "1"))
     (tmp_path / "run" / "a" / "mount.json").write_text(record.to_json())
     check_all(told.text().decode(), "shoal_(?:csi|mount|build)_")
-
-
-RECORD = Record(
-    mountpoint="/m",
-    dataset="d@0",
-    subpath="",
-    endpoint="",
-    allow_other=True,
-    device="0:1",
-    supervisor_pid=1,
-    daemon=Daemon(1, 1, 0, 0, 0),
-    spare_pid=None,
-    state="serving",
-    restarts=0,
-    failures=0,
-    reason="",
-    is_established=True,
-    since=0.0,
-    log="",
-    daemon_module="",
-)

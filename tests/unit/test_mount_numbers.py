@@ -13,7 +13,7 @@ from shoal_csi.numbers import COUNTERS, GAUGES, Publisher
 from shoal_csi.rundir import Daemon, Record
 from shoal_csi.state import State
 from shoal_csi.totals import Totals
-from tests.unit.test_metrics_documented import RECORD
+from tests.support.mounting import RECORD
 
 
 @pytest.fixture
