@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +36,7 @@ def test_what_daemons_counted_is_told_and_outlives_them(
     dataset = make_dataset()
     dataset.put(FILES)
     dataset.add(cluster)
-    with driver(place, cluster.environment(), "--probe-timeout", "5") as running:
+    with driver(place, cluster.environment(), "--probe-timeout", "5", "--log-format", "json") as running:
         _look(place, running, dataset.name)
 
 
@@ -71,6 +73,12 @@ def _look(place: Place, running: Driver, dataset: str) -> None:
     assert told("csi_mounts", "serving") == told("csi_volumes") == 0
     assert told("mount_read_bytes_total", dataset) == size_bytes, "a counter does not fall with its mount"
     assert told("mount_daemon_restarts_total", dataset) == 1
+
+    lines = [json.loads(line) for path in (place.log, Path(mounted["log"])) for line in path.read_text().splitlines()]
+    by_logger = {line["logger"]: line for line in lines}
+    assert target in [line["volume"] for line in lines if "volume" in line]
+    assert by_logger["shoal_csi.shared"]["dataset"] == by_logger["shoal_csi.daemon"]["dataset"] == dataset
+    assert by_logger["shoal_csi.supervisor"]["mount"] == mounted["mountpoint"]
 
 
 def _served(place: Place) -> list[dict[str, Any]]:
