@@ -91,7 +91,9 @@ MATRIX: dict[str, dict[str, Any]] = {
     "local volumes": {
         "cacheNode": {"storage": {"type": "ephemeral", "storageClassName": "local", "size": "3Ti"}},
         "gate": {"admissionPolicy": False, "tls": {"from": "existing", "secretName": "tls", "caBundle": "Q0E="}},
-        "csi": {"node": {"fdstore": {"enabled": False}, "maxUnavailable": 3}},
+        "csi": {"node": {"fdstore": {"enabled": False}, "maxUnavailable": 3}, "metricsPort": 0},
+        "logFormat": "text",
+        "metrics": {"serviceMonitor": {"enabled": True}},
     },
     "trying out": {
         "cacheNode": {"storage": {"type": "emptyDir", "size": "10Gi"}, "nodeSelector": {"shoal.io/cache": None}},
