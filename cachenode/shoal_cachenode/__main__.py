@@ -12,14 +12,14 @@ import resource
 import shutil
 import signal
 import socket
-import sys
 from pathlib import Path
 
 import click
 
-from shoal import sizes
+from shoal import logs, sizes
+from shoal.cli import log_options
 from shoal.errors import InvalidRequest, ShoalError, StoreUnusable
-from shoal.wire import batch, routes
+from shoal.wire import addresses, batch, routes
 from shoal.wire.http_server import MAX_CONNECTIONS, HttpServer
 from shoal_cachenode import allocator, data_routes, metrics
 from shoal_cachenode.membership import Membership
@@ -84,6 +84,7 @@ Every flag is also an environment variable: SHOAL_CACHENODE_DATA_DIR, SHOAL_CACH
 @click.option("--congestion", default="cubic", metavar="NAME", help="TCP congestion control; '': the system's.")
 @click.option("--senders", default=SENDERS, type=click.IntRange(0, 256), help="Threads that send large bodies.")
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
+@log_options.format_option("SHOAL_CACHENODE")
 @click.version_option(package_name="shoal")
 def main(
     controller: str,
@@ -105,13 +106,12 @@ def main(
     congestion: str,
     senders: int,
     log_level: str,
+    log_format: str,
 ) -> None:
     """Serve a share of the cluster's cache from this machine's drive."""
-    logging.basicConfig(
-        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(log_level, log_format)
     try:
-        host, port = split_address(listen)
+        host, port = addresses.split(listen, "0.0.0.0:7450")
         labels = parse_topology(topology)
         labels.setdefault("host", socket.gethostname())
         config = Config(
@@ -133,7 +133,7 @@ def main(
         limits = _Limits(congestion, senders, max_connections)
         _run(_serve(config, controller, host, port, name, socket_path.absolute(), limits))
     except ShoalError as error:
-        click.echo(f"error: {error}", err=True)
+        logs.fail(str(error))
         raise SystemExit(1) from None
 
 
@@ -168,6 +168,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     node = CacheNode(config)
+    logs.note(node=node.id)
     prefetches = Prefetches(node)
     membership = Membership(node, prefetches, controller)
     view = NodeView(node, membership)
@@ -208,14 +209,6 @@ async def _listen(server: HttpServer, host: str, port: int) -> int:
         raise StoreUnusable(
             f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; give --listen another address"
         ) from error
-
-
-def split_address(text: str) -> tuple[str, int]:
-    """Take ``HOST:PORT`` apart. Raises InvalidRequest."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidRequest(f"{text!r} is no address: write HOST:PORT, such as 0.0.0.0:7450")
-    return host.strip("[]"), int(port)
 
 
 def parse_topology(text: str) -> dict[str, str]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from shoal.wire.http_server import HttpServer
+from shoal.wire.process_metrics import Exposition
 from shoal_cachenode.node import CacheNode
 
 
@@ -155,6 +155,4 @@ class NodeCollector(Collector):
 
 def exposition(node: CacheNode, server: HttpServer) -> bytes:
     """The Prometheus text of this moment."""
-    registry = CollectorRegistry()
-    registry.register(NodeCollector(node, server))
-    return generate_latest(registry)
+    return Exposition("shoal-cachenode", NodeCollector(node, server)).text()

@@ -124,10 +124,10 @@ class Prefetches:
         except asyncio.CancelledError:
             raise
         except (ShoalError, StoreFull, DiskFailed) as error:
-            log.warning("prefetch %s stopped: %s", share.order.job_id, error)
+            log.warning("prefetch %s stopped: %s", share.order.job_id, error, extra={"job": share.order.job_id})
             share.failure, share.is_planned = str(error), True
         except Exception as error:
-            log.exception("prefetch %s failed", share.order.job_id)
+            log.exception("prefetch %s failed", share.order.job_id, extra={"job": share.order.job_id})
             share.failure, share.is_planned = f"internal error: {error!r}", True
 
     async def _plan(self, share: _Share) -> None:

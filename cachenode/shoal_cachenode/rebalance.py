@@ -241,7 +241,9 @@ class Rebalance:
             for _ in range(min(AT_A_TIME, len(moves))):
                 group.create_task(move_some())
         if short_bytes:
-            log.warning("%d bytes of %s that this node owns find no room here", short_bytes, known.record.name)
+            name = known.record.name
+            extra = {"dataset": name, "bytes": short_bytes}
+            log.warning("%d bytes of %s that this node owns find no room here", short_bytes, name, extra=extra)
         return short_bytes
 
     async def _move(self, spec: ShardSpec) -> bool:

@@ -284,7 +284,7 @@ class Store:
             file = self._open.pop(key, None)
         if file is not None:
             file.release()
-        log.error("shard %s is dropped: %s", key.hex(), _SENTENCES[damage])
+        log.error("shard %s is dropped: %s", key.hex(), _SENTENCES[damage], extra={"shard": key.hex()})
         self._bury(key)
         self.on_lost(key, damage)
 

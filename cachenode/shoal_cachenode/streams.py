@@ -304,7 +304,8 @@ class Streams:
             log.debug("shard %d of snapshot %s: %s", need.ordinal, need.digest, error)
         except (StoreFull, DiskFailed) as error:
             self._paused_until[known.record.name] = self._clock() + PAUSE_S
-            log.info("no shard of %s is filled ahead for a while: %s", known.record.name, error)
+            name = known.record.name
+            log.info("no shard of %s is filled ahead for a while: %s", name, error, extra={"dataset": name})
         except Exception as error:  # noqa: BLE001 - one shard's surprise must not end all that streams need
             level = logging.INFO if isinstance(error, ShoalError) else logging.ERROR
             count = self._failures.get(place, (0, 0.0))[0] + 1

@@ -15,8 +15,11 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import click
 
+from shoal import logs
+from shoal.cli import log_options
 from shoal.cli.output import SizeType
 from shoal.errors import InvalidRequest, ShoalError
+from shoal.wire import addresses
 from shoal_csi import signal_pipe
 from shoal_csi.driver import Config, Driver, socket_path
 from shoal_csi.identity import DRIVER_NAME
@@ -76,7 +79,9 @@ Every flag is also an environment variable: SHOAL_CSI_ENDPOINT, SHOAL_CSI_NODE_I
     help="Keep objects that other nodes have here, for all mounts: a directory of a drive.  [default: nowhere]",
 )
 @click.option("--local-tier-size", type=SizeType(), metavar="SIZE", help="What DIR may hold, such as 100GiB.")
+@click.option("--metrics-listen", metavar="HOST:PORT", help="For Prometheus; port 0: any free one.  [default: nowhere]")
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
+@log_options.format_option("SHOAL_CSI")
 @click.version_option(package_name="shoal")
 def main(
     endpoint: str,
@@ -90,12 +95,13 @@ def main(
     look_after_every: float,
     local_tier: Path | None,
     local_tier_size: int | None,
+    metrics_listen: str | None,
     log_level: str,
+    log_format: str,
 ) -> None:
     """Show datasets to pods as read-only volumes. What is mounted goes on while the driver is away."""
-    logging.basicConfig(
-        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(log_level, log_format)
+    os.environ[logs.VARIABLE] = log_format  # for what serves the mounts
     has_node = node or not controller
     try:
         if has_node and not node_id:
@@ -114,10 +120,11 @@ def main(
             look_after_every_s=look_after_every,
             local_tier=None if local_tier is None else local_tier.resolve(),
             local_tier_size=local_tier_size or 0,
+            metrics=None if metrics_listen is None else addresses.split(metrics_listen, "0.0.0.0:7445"),
         )
         _serve(config)
     except ShoalError as error:
-        click.echo(f"error: {error}", err=True)
+        logs.fail(str(error))
         raise SystemExit(1) from None
 
 
@@ -126,7 +133,7 @@ def _serve(config: Config) -> None:
     driver = Driver(config)
     try:
         log.info("serving at %s", config.socket)
-        print("ready", json.dumps({"socket": str(config.socket)}), flush=True)
+        print("ready", json.dumps({"socket": str(config.socket), "metrics": driver.metrics_port}), flush=True)
         os.read(signals, 1)
         log.info("stopping; mounts stay")
     finally:

@@ -55,7 +55,8 @@ class Controller(ControllerServicer):
         pinned = asked.snapshot if asked.snapshot == volume.NEWEST else self._catalog.snapshot(asked)
         chosen = dataclasses.replace(asked, snapshot=pinned)
         made = pb.Volume(volume_id=volume.volume_id(request.name, asked), volume_context=chosen.context())
-        log.info("volume %s is %s@%s", made.volume_id, chosen.dataset, chosen.snapshot)
+        extra = {"volume": made.volume_id, "dataset": chosen.dataset, "snapshot": chosen.snapshot}
+        log.info("volume %s is %s@%s", made.volume_id, chosen.dataset, chosen.snapshot, extra=extra)
         # Its size is not known (0): the origin's is the dataset's own, and a claim's is what somebody had to write.
         return pb.CreateVolumeResponse(volume=made)
 

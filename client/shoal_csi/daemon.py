@@ -23,6 +23,7 @@ from pathlib import Path
 
 import click
 
+from shoal import logs
 from shoal.cli.output import SizeType
 from shoal.datasets import DatasetRecord, parse_path
 from shoal.errors import ShoalError
@@ -30,6 +31,7 @@ from shoal.filesystem import ShoalFileSystem
 from shoal.maps import RENEW_S
 from shoal.reader import TIMEOUT_S
 from shoal_csi import signal_pipe
+from shoal_csi.numbers import Publisher
 from shoal_csi.server import Served, Server
 from shoal_csi.state import State
 from shoal_csi.tier import Tier
@@ -75,17 +77,13 @@ def main(
     verbose: bool,
 ) -> None:
     """Serve a mounted dataset until it is unmounted."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    _configure_logs(verbose, dataset)
     try:
         state = State(state_fd)
         tier = open_tier(local_tier, local_tier_size, is_first=state.pinned is None)
         served = _prepared or serve(state, file_system(endpoint, socket, timeout), dataset, subpath)
     except (ShoalError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
+        logs.fail(str(error))
         sys.exit(1)
     if served.tree.left_out:
         log.warning(
@@ -95,6 +93,10 @@ def main(
         )
     # What is left undone here is handed out again to a successor, and nobody waits for threads that wait for nodes.
     os._exit(run(fd, served, state, tier, window_bytes, renew_every))
+
+
+def _configure_logs(is_verbose: bool, dataset: str) -> None:
+    logs.configure("debug" if is_verbose else "info", dataset=dataset.partition("@")[0])
 
 
 def open_tier(directory: Path | None, limit_bytes: int, *, is_first: bool) -> Tier | None:
@@ -127,6 +129,7 @@ def prepare(args: list[str]) -> None:
     """
     global _prepared
     options = main.make_context("daemon", list(args)).params
+    _configure_logs(options["verbose"], options["dataset"])
     pinned = State.pinned_in(options["state_fd"])
     if pinned is not None:
         fs = file_system(options["endpoint"], options["socket"], options["timeout"])
@@ -170,6 +173,8 @@ def run(fd: int, served: Served, state: State, tier: Tier | None, window_bytes: 
         os.write(says, _UNMOUNTED)
 
     server = Server(fd, served, state, on_over=unmounted, tier=tier, window_bytes=window_bytes, renew_s=renew_s)
+    publisher = Publisher(state, server.numbers)
+    publisher.start()
     server.start()
     print(f"ready {json.dumps(server.report())}", flush=True)
     is_wanted = os.read(over, 1) != _UNMOUNTED
@@ -177,6 +182,7 @@ def run(fd: int, served: Served, state: State, tier: Tier | None, window_bytes: 
         log.info("requests are under way that take long: a successor will be handed them")
     log.info("served %d requests, and end: %s", server.requests, "SIGTERM" if is_wanted else "unmounted")
     server.close()
+    publisher.close()
     sys.stdout.flush()
     sys.stderr.flush()
     return 0

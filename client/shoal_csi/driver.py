@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from pathlib import Path
 import grpc
 
 from shoal.errors import InvalidRequest, StoreUnusable
+from shoal.wire.process_metrics import Exposition
+from shoal_csi import metrics
 from shoal_csi.catalog import Catalog
 from shoal_csi.controller import Controller
 from shoal_csi.csi_pb2_grpc import (
@@ -55,6 +57,7 @@ class Config:
         probe_timeout_s: a mount that is silent for longer does not answer.
         look_after_every_s: between two looks at all mounts.
         local_tier, local_tier_size: what each mount is given as such; None: nothing.
+        metrics: host and port to answer Prometheus at; None: nowhere.
     """
 
     socket: Path
@@ -68,21 +71,31 @@ class Config:
     look_after_every_s: float
     local_tier: Path | None
     local_tier_size: int
+    metrics: tuple[str, int] | None
 
 
 class Driver:
-    """A running driver."""
+    """A running driver.
+
+    Attributes:
+        metrics_port: at which Prometheus is answered; None: at none.
+    """
 
     def __init__(self, config: Config) -> None:
         """Serve, and look after what is mounted.
 
         Raises:
             InvalidRequest: another driver serves at that socket.
-            StoreUnusable: the state directory or the socket cannot be used.
+            StoreUnusable: the state directory, the socket or the address for metrics cannot be used.
         """
         self._keeper: Keeper | None = None
+        self.metrics_port: int | None = None
+        self._end_metrics: Callable[[], None] | None = None
+        exposition = Exposition(metrics.PROGRAM)
         self._services = grpc.server(
-            ThreadPoolExecutor(MAX_CALLS, "call"), interceptors=[Seam()], options=[("grpc.so_reuseport", 0)]
+            ThreadPoolExecutor(MAX_CALLS, "call"),
+            interceptors=[Seam(metrics.CallMetrics(exposition).begun)],
+            options=[("grpc.so_reuseport", 0)],
         )
         catalog = Catalog(config.shoal_endpoint)
         identity = Identity(has_controller=config.has_controller, has_node=config.has_node)
@@ -91,8 +104,10 @@ class Driver:
             add_ControllerServicer_to_server(Controller(catalog), self._services)
         _check_free(config.socket)
         if config.has_node:
-            add_NodeServicer_to_server(self._node(config, catalog), self._services)
+            add_NodeServicer_to_server(self._node(config, catalog, exposition), self._services)
         _bind(self._services, config.socket)
+        if config.metrics is not None:
+            self.metrics_port, self._end_metrics = metrics.serve(exposition, *config.metrics)
         self._services.start()
 
     def close(self) -> None:
@@ -100,8 +115,10 @@ class Driver:
         self._services.stop(STOP_GRACE_S).wait()
         if self._keeper is not None:
             self._keeper.stop()
+        if self._end_metrics is not None:
+            self._end_metrics()
 
-    def _node(self, config: Config, catalog: Catalog) -> Node:
+    def _node(self, config: Config, catalog: Catalog, exposition: Exposition) -> Node:
         try:
             folder = config.state_dir / "mounts"
             folder.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -115,8 +132,11 @@ class Driver:
         if config.local_tier is not None:
             tier = ["--local-tier", str(config.local_tier), "--local-tier-size", str(config.local_tier_size)]
         mounts = CommandMounts(config.command, config.shoal_endpoint, prober, tier)
-        shared = SharedMounts(folder.resolve(), mounts, locks, prober)
-        self._keeper = Keeper(shared, locks, every_s=config.look_after_every_s)
+        counted = metrics.MountMetrics(folder.resolve(), config.local_tier, config.local_tier_size)
+        shared = SharedMounts(folder.resolve(), mounts, locks, prober, counted.before_end)
+        counted.count_volumes = shared.count_volumes
+        exposition.registry.register(counted)
+        self._keeper = Keeper(shared, locks, every_s=config.look_after_every_s, count=counted.count_kept)
         self._keeper.start()
         return Node(config.node_id, catalog, shared, locks, prober)
 

@@ -24,6 +24,9 @@ _ERRNOS: tuple[tuple[type[ShoalError], int], ...] = (
     (DeadlineExceeded, errno.ETIMEDOUT),
 )
 
+#: All that there are.
+ERRNOS = (*dict.fromkeys(number for _, number in _ERRNOS), errno.EIO)
+
 
 def errno_of(error: ShoalError) -> int:
     """The errno for `error`."""

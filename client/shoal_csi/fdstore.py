@@ -37,6 +37,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from shoal import logs
 from shoal_csi import sockets
 
 SUPERVISED, SERVED, WAITING = "supervised", "served", "waiting"
@@ -185,7 +186,8 @@ def has_writer(pipe_fd: int) -> bool:
 
 
 def say(text: str) -> None:
-    print(f"shoal-fdstore {text}", file=sys.stderr, flush=True)
+    line = logs.line("shoal_csi.fdstore", text) if logs.is_json() else f"shoal-fdstore {text}"
+    print(line, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -219,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             fcntl.flock(lock, fcntl.LOCK_EX)
         listener = sockets.listen(path, _BACKLOG)
     except OSError as error:
-        print(f"error: {path} cannot be made: {error.strerror}; set SHOAL_RUN_DIR", file=sys.stderr)
+        logs.fail(f"{path} cannot be made: {error.strerror}; set SHOAL_RUN_DIR")
         sys.exit(1)
     os.chdir("/")
     say(f"serves at {path}")

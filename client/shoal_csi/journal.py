@@ -9,24 +9,31 @@ import contextlib
 import os
 import stat
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+from shoal import logs
 from shoal.errors import ShoalError
 from shoal_csi import rundir
 
 #: A log of ours that grows beyond this begins anew; what it had lies beside it. It may be on a file system in memory.
 MOST_BYTES = 4 << 20
 _TAIL_BYTES = 64 << 10
+_LOGGER = "shoal_csi.supervisor"
 
 
 class Journal:
     """The stderr of this process. One a process.
 
+    Args:
+        fields: of each line, where lines are JSON (`shoal.logs`).
+
     Attributes:
         path: of the log, where stderr is a file; else "".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, **fields: object) -> None:
+        self._fields = {"pid": os.getpid(), **fields}
         self._errors_fd = 2  # where whoever started this process reads why it failed
         self._is_ours = False  # else whoever redirected stderr to a file keeps that in bounds
         self.path = _path()
@@ -55,16 +62,23 @@ class Journal:
             self._errors_fd = 2
 
     def say(self, text: str) -> None:
-        now = time.time()
-        when = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))},{int(now * 1000) % 1000:03}"
+        if logs.is_json():
+            said = logs.line(_LOGGER, text, self._fields)
+        else:
+            now = time.time()
+            when = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))},{int(now * 1000) % 1000:03}"
+            said = f"{when} {self._own}{text}"
         with contextlib.suppress(OSError):
-            os.write(2, f"{when} {self._own}{text}\n".encode())
+            os.write(2, f"{said}\n".encode())
 
     def fail(self, sentence: str) -> None:
         """Say why this process ends."""
+        told = f"error: {sentence}"  # which is what whoever started this process reads, and no line of a log
         for fd in {2, self._errors_fd}:
+            as_json = fd == 2 and self._is_ours and logs.is_json()
+            said = logs.line(_LOGGER, sentence, self._fields, level="critical") if as_json else told
             with contextlib.suppress(OSError):
-                os.write(fd, f"error: {sentence}\n".encode())
+                os.write(fd, f"{said}\n".encode())
 
     def size(self) -> int:
         """Bytes of the log; 0 where it is no file."""
@@ -81,9 +95,7 @@ class Journal:
                 text = log.read().decode("utf-8", "replace")
         except OSError:
             return ""
-        lines = [line.strip() for line in text.splitlines() if line.strip() and self._own not in line]
-        errors = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("error:")]
-        return (errors or lines or [""])[-1]
+        return last_words(line for line in text.splitlines() if self._own not in line)
 
     def shorten(self) -> None:
         """Begin anew where the log has grown too long."""
@@ -99,6 +111,13 @@ class Journal:
     @property
     def _own(self) -> str:
         return f"supervisor {os.getpid()}: "
+
+
+def last_words(lines: Iterable[str]) -> str:
+    """The last ``error:`` line of daemons, else their last line; "" where there is none. Pure."""
+    said = [found for line in filter(None, map(str.strip, lines)) if (found := logs.parse(line)).logger != _LOGGER]
+    errors = [each.message for each in said if each.is_last]
+    return (errors or [each.message for each in said] or [""])[-1]
 
 
 def _path() -> str:

@@ -38,9 +38,11 @@ class Keeper:
 
     Args:
         every_s: from one round to the next.
+        count: called with what was done for a mount that had lost processes.
     """
 
-    def __init__(self, shared: SharedMounts, locks: Locks, *, every_s: float) -> None:
+    def __init__(self, shared: SharedMounts, locks: Locks, *, every_s: float, count: Callable[[str], None]) -> None:
+        self._count = count
         self._shared = shared
         self._locks = locks
         self._every_s = every_s
@@ -65,7 +67,7 @@ class Keeper:
             self._is_first_round = False
 
     def _look_at_all(self) -> None:
-        self._supervise(self._shared.revive)  # at once: it keeps its readers waiting, and would keep us
+        self._supervise("revived", self._shared.revive)  # at once: it keeps its readers waiting, and would keep us
         are_well = True
         for name in self._shared.names():
             try:
@@ -83,13 +85,14 @@ class Keeper:
                 are_well = False
                 self._say(logging.ERROR, name, f"{name} cannot be looked after, trying again: {error!r}")
         if are_well:  # what is dead would be taken away by this, and its volumes with it
-            self._supervise(self._shared.recover)
+            self._supervise("supervised", self._shared.recover)
         if self._is_first_round:
-            self._supervise(self._shared.take_over)
+            self._supervise("taken_over", self._shared.take_over)
 
-    def _supervise(self, act: Callable[[], list[str]]) -> None:
+    def _supervise(self, how: str, act: Callable[[], list[str]]) -> None:
         try:
             for sentence in act():
+                self._count(how)
                 log.warning("%s", sentence)
         except (ShoalError, OSError) as error:
             self._say(logging.ERROR, "supervisors", f"supervisors cannot be looked after, trying again: {error}")
@@ -112,6 +115,7 @@ class Keeper:
             self._say(logging.WARNING, place, f"{place} does not answer: left alone for {_volumes(users)}")
         elif state is State.DEAD and users:
             fresh = self._shared.ensure(shared.dataset, shared.snapshot)
+            self._count("mounted_anew")
             bound = [user for user in users if self._bind_again(user, fresh)]
             if not self._shared.release(shared):
                 return False
@@ -124,7 +128,7 @@ class Keeper:
             if self._is_first_round:
                 self._say(logging.INFO, place, f"taken over {place}, which answers, for {_volumes(users)}")
             elif self._said.pop(place, "").startswith(f"{place} does not answer"):
-                log.info("%s answers again", place)
+                log.info("%s answers again", place, extra={"mount": place})
         elif self._shared.release(shared):
             self._say(logging.INFO, place, f"detached {place}, which {state.value}: no volume uses it")
         return True
@@ -139,13 +143,13 @@ class Keeper:
                 bind.replace(fresh.mountpoint, user.root.strip("/"), target, capability.flags_of(user.options))
                 return True
         except ShoalError as error:
-            log.error("%s could not be bound again: %s", target, error)
+            log.error("%s could not be bound again: %s", target, error, extra={"volume": target})
             return False
 
     def _say(self, level: int, place: str, line: str) -> None:
         if self._said.get(place) != line:
             self._said[place] = line
-            log.log(level, "%s", line)
+            log.log(level, "%s", line, extra={"mount": place})
 
 
 def _volumes(users: list[Mount]) -> str:

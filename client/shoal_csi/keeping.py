@@ -146,6 +146,17 @@ class Keeping:
             "fault": self.fault or None,
         }
 
+    def numbers(self) -> dict[str, int]:
+        """See `shoal_csi.numbers`."""
+        dropped, dropped_bytes = self._tier.dropped()
+        return {
+            "tier_brought": self.brought,
+            "tier_brought_bytes": self.brought_bytes,
+            "tier_damaged": self.damaged,
+            "tier_dropped": dropped,
+            "tier_dropped_bytes": dropped_bytes,
+        }
+
     def close(self) -> None:
         """Begin nothing more. What comes in is left, and tidied away by whoever uses the tier next."""
         self._closed.set()

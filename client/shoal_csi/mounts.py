@@ -24,10 +24,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal.errors import ShoalError
-from shoal_csi import deposits, fdstore, kernel, places, probing, rundir, sockets
+from shoal_csi import deposits, fdstore, kernel, numbers, places, probing, rundir, sockets
 from shoal_csi.mount_table import Mount, MountTable
 from shoal_csi.rundir import Record
+from shoal_csi.states import Phase
 
+#: Of a mount: phases of one that has a supervisor, and what others are in.
+STATES = (*map(str, Phase), "detached", "unsupervised", "kept", "dead", "unknown")
 #: A probe of the supervisor's, or a look of somebody's, makes a mount busy for a moment.
 _BUSY_WITHIN_S, _AGAIN_S = 1.0, 0.05
 #: For supervisor and daemon to end once there is nothing to serve.
@@ -245,6 +248,7 @@ def _json(record: Record, *, is_mounted: bool, has_supervisor: bool, kept: str) 
         "daemon_pid": None if daemon is None else daemon.pid,
         "spare_pid": record.spare_pid if has_supervisor else None,
         "log": record.log or None,
+        "numbers": numbers.read(record),
     }
 
 
@@ -264,6 +268,7 @@ def _stranger(mount: Mount) -> dict[str, Any]:
         "daemon_pid": None,
         "spare_pid": None,
         "log": None,
+        "numbers": None,
     }
 
 

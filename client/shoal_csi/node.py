@@ -89,7 +89,7 @@ class Node(NodeServicer):
             seen = table.at(target)
             shared = self._shared.of(seen, table) if seen is not None else None
             if targets.remove(target):
-                log.info("unpublished %s", target)
+                log.info("unpublished %s", target, extra={"volume": target})
         if shared is not None:
             self._release(shared)
         return pb.NodeUnpublishVolumeResponse()
@@ -117,7 +117,7 @@ class Node(NodeServicer):
             if state is State.ALIVE:
                 targets.settle(seen, self._shared.of(seen, table), described, flags)
                 return
-            log.warning("what is mounted at %s %s: detaching it", target, state.value)
+            log.warning("what is mounted at %s %s: detaching it", target, state.value, extra={"volume": target})
             bind.detach(target)
         snapshot = self._catalog.snapshot(described)
         with self._shared.lock(f"{described.dataset}@{snapshot}", wait_s=wait_s):
@@ -131,16 +131,19 @@ class Node(NodeServicer):
                 targets.remove(target)
                 self._shared.release(shared)
                 raise
-        log.info("published %s%s at %s", shared.name, f"/{described.subpath}" if described.subpath else "", target)
+        subpath = f"/{described.subpath}" if described.subpath else ""
+        extra = {"dataset": shared.dataset, "snapshot": shared.snapshot, "volume": target}
+        log.info("published %s%s at %s", shared.name, subpath, target, extra=extra)
 
     def _release(self, shared: SharedMount) -> None:
         """The volume is gone whether this succeeds or not: what fails is the keeper's."""
+        extra = {"dataset": shared.dataset, "mount": shared.mountpoint}
         try:
             with self._shared.lock(shared.name, wait_s=RELEASE_WAIT_S):
                 if self._shared.release(shared):
-                    log.info("unmounted %s: no volume uses it", shared.mountpoint)
+                    log.info("unmounted %s: no volume uses it", shared.mountpoint, extra=extra)
         except ShoalError as error:
-            log.warning("%s stays mounted for now: %s", shared.mountpoint, error)
+            log.warning("%s stays mounted for now: %s", shared.mountpoint, error, extra=extra)
 
 
 def _check_id(volume_id: str) -> None:

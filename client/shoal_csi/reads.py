@@ -29,12 +29,15 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from shoal import provenance
 from shoal.errors import DeadlineExceeded, ShoalError
+from shoal.memory import Allocate
 from shoal.reader import ObjectReader
 from shoal.shards import PART_SIZE
 from shoal.threads import Threads
 from shoal_csi.readahead import Readahead
 from shoal_csi.readahead import Window as Range
+from shoal_csi.sources import Sources
 from shoal_csi.window_memory import WindowMemory, held_bytes
 
 log = logging.getLogger(__name__)
@@ -95,6 +98,7 @@ class Reads:
         window_bytes, most_window_bytes: held by windows, now and at most so far.
         exact_bytes, ahead_bytes: read exactly, and fetched ahead, so far.
         fetching: windows that are on their way.
+        sources: where all of it came from.
     """
 
     def __init__(self, reader_of: Callable[[int], ObjectReader], limit_bytes: int = LIMIT_BYTES) -> None:
@@ -107,6 +111,7 @@ class Reads:
         self._windows: OrderedDict[_Window, None] = OrderedDict()  # the one used longest ago first
         self._of_row: dict[int, list[_Window]] = {}
         self._failures: deque[_Failure] = deque(maxlen=_FAILURES_KEPT)  # in the order of their ends
+        self.sources = Sources()
         self.window_bytes = self.most_window_bytes = self.exact_bytes = self.ahead_bytes = self.fetching = 0
 
     def close(self) -> None:
@@ -117,6 +122,7 @@ class Reads:
         """As `read`, where nobody is to be waited for; else nothing happens. Whether it was."""
         mapped = self._mapped(row, start, end)
         if mapped is not None:
+            self.sources.local_bytes += end - start
             send(mapped)
             return True
         reader = self.reader_of(row)
@@ -147,6 +153,7 @@ class Reads:
         """
         mapped = self._mapped(row, start, end)
         if mapped is not None:
+            self.sources.local_bytes += end - start
             send(mapped)
             return
         since = time.monotonic() if since is None else since
@@ -196,7 +203,7 @@ class Reads:
             return taken[-1]
 
         try:
-            return reader.read_buffer(ahead.start, ahead.end, allocate=allocate)
+            return self._read_buffer(reader, ahead.start, ahead.end, None, allocate)
         except BaseException:
             for buffer in taken:
                 self._memory.free(buffer)
@@ -222,10 +229,18 @@ class Reads:
             raise DeadlineExceeded(
                 f"it waited {reader.timeout_s:g} s for reads before it; see 'shoal status' for what is slow"
             )
-        buffer = reader.read_buffer(start, end, until)
+        buffer = self._read_buffer(reader, start, end, until)
         with self._lock:
             self.exact_bytes += end - start
         return buffer
+
+    def _read_buffer(
+        self, reader: ObjectReader, start: int, end: int, until: float | None = None, allocate: Allocate | None = None
+    ) -> pa.Buffer:
+        def read(limit: float | None) -> pa.Buffer:
+            return reader.read_buffer(start, end, limit, allocate=allocate)
+
+        return provenance.carried(read, self.sources)(until)
 
     def _from_window(self, window: _Window, reader: ObjectReader, start: int, end: int, until: float) -> pa.Buffer:
         try:

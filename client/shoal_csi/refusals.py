@@ -62,8 +62,19 @@ def code_of(error: ShoalError) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL if code is grpc.StatusCode.UNKNOWN else code
 
 
+#: A call of a method begins; gives what is called with the name of its code when it ends.
+Begun = Callable[[str], Callable[[str], None]]
+
+
 class Seam(_ServerInterceptor):
-    """Wraps every handler of a server."""
+    """Wraps every handler of a server.
+
+    Args:
+        begun: counts calls.
+    """
+
+    def __init__(self, begun: Begun) -> None:
+        self._begun = begun
 
     def intercept_service(
         self,
@@ -78,22 +89,28 @@ class Seam(_ServerInterceptor):
         assert answer is not None and parse is not None, "CSI has no streams here"
 
         def call(request: bytes, context: grpc.ServicerContext) -> Any:
+            ended = self._begun(method)
             try:
                 # Parsed here and not by gRPC, which answers a message that is none with a traceback of its own.
-                return answer(parse(request), context)
+                found = answer(parse(request), context)
             except DecodeError:
-                _abort(context, method, InvalidRequest(f"the message is no request of {method} (CSI v1)"))
+                refusal: ShoalError = InvalidRequest(f"the message is no request of {method} (CSI v1)")
             except ShoalError as error:
-                _abort(context, method, error)
+                refusal = error
             except Exception as error:  # told with a sentence; gRPC would say UNKNOWN and nothing else
-                log.exception("%s failed", method)
-                _abort(context, method, ShoalError(f"the driver failed ({error!r}): its log has the details"))
+                log.exception("%s failed", method, extra={"method": method})
+                refusal = ShoalError(f"the driver failed ({error!r}): its log has the details")
+            else:
+                ended(grpc.StatusCode.OK.name)
+                return found
+            ended(code_of(refusal).name)
+            _abort(context, method, refusal)
 
         return grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
 
 
 def _abort(context: grpc.ServicerContext, method: str, error: ShoalError) -> NoReturn:
     code = code_of(error)
-    log.warning("%s: %s: %s", method, code.name, error)
+    log.warning("%s: %s: %s", method, code.name, error, extra={"method": method, "code": code.name})
     context.abort(code, str(error).encode()[: grpc_errors.MAX_DETAILS_BYTES].decode(errors="ignore"))
     raise AssertionError("abort() does not return")

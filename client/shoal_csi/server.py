@@ -131,6 +131,7 @@ class Server:
         self._terms = state.terms
         self._silent = _is_of_small(served.snapshot)
         self._may_passthrough = True
+        self._of_tier: set[int] = set()  # backing ids; those of a server that is gone count as the node's
         self.opens = Opens(state, self._close_backing)
         self.reads = Reads(served.reader_of, window_bytes)
         self._keeping = None if tier is None else self._keep(tier)
@@ -145,7 +146,8 @@ class Server:
         self._ended = 0
         self._is_stopping = False
         self._busy = [False] * takers
-        self.requests = 0
+        self.requests = self._reads = self._read_bytes = self._read_wait_us = self._tier_opens = 0
+        self._errors = dict.fromkeys(failures.ERRNOS, 0)
         self._handlers: dict[int, Callable[[Header, memoryview, int], Answer]] = {
             Opcode.INIT: self._init,
             Opcode.LOOKUP: self._lookup,
@@ -243,8 +245,7 @@ class Server:
             log.debug("%s", error)
             self._reply(protocol.pack_error(unique, errno.ENOENT))
         except ShoalError as error:
-            log.error("%s", failures.sentence(self._tree.path(inode), self._served.record.name, error))
-            self._reply(protocol.pack_error(unique, failures.errno_of(error)))
+            self._reply(protocol.pack_error(unique, self._failed(inode, error)))
         except Malformed as error:
             log.warning("the kernel sent %s", error)
             if unique:
@@ -283,11 +284,18 @@ class Server:
         except Refused as refusal:
             self._finish(unique, errno_=refusal.number)
         except ShoalError as error:
-            log.error("%s", failures.sentence(self._tree.path(inode), self._served.record.name, error))
-            self._finish(unique, errno_=failures.errno_of(error))
+            self._finish(unique, errno_=self._failed(inode, error))
         except Exception:  # else its reader would wait for ever
             log.exception("a request could not be answered")
+            self._errors[errno.EIO] += 1
             self._finish(unique, errno_=errno.EIO)
+
+    def _failed(self, inode: int, error: ShoalError) -> int:
+        """Log and count that bytes cannot be had; the errno for who wants them."""
+        number, path = failures.errno_of(error), self._tree.path(inode)
+        self._errors[number] += 1
+        log.error("%s", failures.sentence(path, self._served.record.name, error), extra={"path": path, "errno": number})
+        return number
 
     def _finish(self, unique: int, buffers: Sequence[pa.Buffer | bytes] = (), errno_: int = 0) -> None:
         """Answer a request of the pool, unless it was answered because its reader was killed."""
@@ -351,6 +359,7 @@ class Server:
         row = self._row(inode)
         self._presence.opened(row)
         backing = self.opens.open(thread, header.unique, inode, lambda: self._choose(row))
+        self._tier_opens += backing in self._of_tier
         if backing == CACHED:
             return protocol.pack_open(inode, Open.KEEP_CACHE | Open.NOFLUSH)
         return protocol.pack_open(inode, Open.PASSTHROUGH | Open.NOFLUSH, backing)
@@ -369,13 +378,23 @@ class Server:
         end = min(offset + size, int(self._served.snapshot.size(row)))
         if offset >= end:
             return b""
+        self._reads += 1
+        self._read_bytes += end - offset
         if self._keeping is not None:
             self._keeping.has_read(row, end - offset)
         if self.reads.read_at_hand(row, offset, end, lambda buffers: self._reply_buffers(unique, buffers)):
             return None
         since = time.monotonic()
         send = lambda buffers: self._finish(unique, buffers)  # noqa: E731
-        self._later(header, header.node, lambda: self.reads.read(row, offset, end, send, since))
+
+        def read() -> None:
+            try:
+                self.reads.read(row, offset, end, send, since)
+            finally:
+                waited_us = int((time.monotonic() - since) * 1e6)
+                self._read_wait_us += waited_us
+
+        self._later(header, header.node, read)
         return None
 
     def _open_rows(self) -> list[int]:
@@ -487,6 +506,28 @@ class Server:
             "local_tier": None if self._keeping is None else self._keeping.report(),
         }
 
+    def numbers(self) -> dict[str, int]:
+        """What this server has counted since it started, and what is now: see `shoal_csi.numbers`."""
+        reads, sources = self.reads, self.reads.sources
+        return {
+            "requests": self.requests,
+            "reads": self._reads,
+            "read_bytes": self._read_bytes,
+            "read_wait_us": self._read_wait_us,
+            "opens_node": self.opens.passthrough - self._tier_opens,
+            "opens_tier": self._tier_opens,
+            "opens_read": self.opens.cached,
+            "received_local_bytes": sources.local_bytes,
+            "received_peer_bytes": sources.peer_bytes,
+            "received_origin_bytes": sources.origin_bytes,
+            "ahead_bytes": reads.ahead_bytes,
+            **{f"errors_{errno.errorcode[number].lower()}": count for number, count in self._errors.items()},
+            "open_files": len(self.opens),
+            "waiting": len(self._waiting),
+            "window_bytes": reads.window_bytes,
+            **({} if self._keeping is None else self._keeping.numbers()),
+        }
+
     # Backing files
 
     @property
@@ -516,7 +557,9 @@ class Server:
         if self._keeping is None or descriptor is None:
             return CACHED
         backing = self._back(descriptor, self._keeping)
-        self._keeping.hits += backing != CACHED
+        if backing != CACHED:
+            self._keeping.hits += 1
+            self._of_tier.add(backing)
         return backing
 
     def _back(self, descriptor: int, keeping: Keeping | None = None) -> int:
@@ -534,6 +577,7 @@ class Server:
             os.close(descriptor)
 
     def _close_backing(self, backing: int) -> None:
+        self._of_tier.discard(backing)
         try:
             kernel.backing_close(self._fd, backing)
         except OSError as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,9 +57,13 @@ class SharedMounts:
 
     Args:
         folder: absolute and without symbolic links, as the kernel will name it.
+        before_end: called with the mount point of a mount that is about to be unmounted.
     """
 
-    def __init__(self, folder: Path, mounts: Mounts, locks: Locks, prober: Prober) -> None:
+    def __init__(
+        self, folder: Path, mounts: Mounts, locks: Locks, prober: Prober, before_end: Callable[[str], None]
+    ) -> None:
+        self._before_end = before_end
         self._folder = folder
         self._mounts = mounts
         self._locks = locks
@@ -122,7 +127,7 @@ class SharedMounts:
         except BaseException:
             self._clear(str(place))
             raise
-        log.info("mounted %s at %s", wanted, place)
+        log.info("mounted %s at %s", wanted, place, extra={"dataset": dataset, "mount": str(place)})
         return SharedMount(dataset, snapshot, str(place), mount.device)
 
     def release(self, shared: SharedMount) -> bool:
@@ -134,6 +139,11 @@ class SharedMounts:
             return False
         self._clear(shared.mountpoint)
         return True
+
+    def count_volumes(self) -> int:
+        """Bind mounts of all of them."""
+        table = MountTable.now()
+        return sum(len(self.users(shared, table)) for shared in self.all(table))
 
     def names(self) -> list[str]:
         """``DATASET@SNAPSHOT`` of all that have a folder, mounted or not."""
@@ -152,9 +162,10 @@ class SharedMounts:
         """Leave nothing at `mountpoint`, whatever state it is in."""
         try:
             if MountTable.now().at(mountpoint) is not None:
+                self._before_end(mountpoint)
                 self._mounts.unmount(mountpoint)
         except ShoalError as error:
-            log.warning("detaching %s without its server's help: %s", mountpoint, error)
+            log.warning("detaching %s without its server's help: %s", mountpoint, error, extra={"mount": mountpoint})
         finally:
             bind.detach(mountpoint)
             _remove(Path(mountpoint))

@@ -16,12 +16,16 @@ The rule: until its turn it changes nothing of what it inherited.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import select
 import sys
 from collections.abc import Callable
 
+from shoal import logs
 from shoal.errors import ShoalError
+
+log = logging.getLogger(__name__)
 
 GO = b"g"
 LOADED = "loaded"
@@ -37,7 +41,8 @@ def main(module: str, args: list[str]) -> None:
         try:
             check(int(args[args.index("--state-fd") + 1]))
         except ShoalError as error:
-            sys.exit(f"error: {error}")
+            logs.fail(str(error))
+            sys.exit(1)
     prepare = getattr(loaded, "prepare", None)
     if prepare is None or _prepared(prepare, args):
         print(LOADED, flush=True)
@@ -56,7 +61,7 @@ def _prepared(prepare: Callable[[list[str]], None], args: list[str]) -> bool:
         except ShoalError as error:
             if str(error) != said:
                 said = str(error)
-                print(f"a spare daemon waits for the cluster: {said}", file=sys.stderr, flush=True)
+                log.warning("a spare daemon waits for the cluster: %s", said)
         if select.select([0], [], [], PREPARE_AGAIN_S)[0]:
             return False
 

@@ -1,6 +1,7 @@
 """What a mount's server leaves to whoever takes over from it: a few pages of a file in memory that outlives it.
 
-    head       what INIT agreed on, the snapshot that is served, the largest backing id that was given
+    head       what INIT agreed on, the snapshot that is served, the largest backing id that was given, and what was
+               counted (`shoal_csi.numbers`)
     journal    the last changes of the table that each thread of the server made, and for which requests
     table      the inodes that are open: passthrough with which backing id, or cached; and how often
 
@@ -23,17 +24,14 @@ import numpy.typing as npt
 
 from shoal.datasets import DatasetRecord
 from shoal.errors import StoreUnusable
+from shoal_csi import state_head as head
 from shoal_csi.protocol import RESEND_BIT, Terms
 
-_MAGIC = int.from_bytes(b"shoalmnt", "little")
-_VERSION = 1
 #: Threads of a server that may change the table.
 MAX_THREADS = 8
 #: Servers whose journals are kept, so that one that dies at once does not write over what its predecessor left.
 _JOURNALS = 8
 
-# Words of the head.
-_MAGIC_AT, _VERSION_AT, _IS_PINNED, _IS_AGREED, _MINOR, _FLAGS, _READAHEAD, _LAST_BACKING, _STARTS = range(9)
 _TEXT_BYTES = 1 << 13
 _TEXT_AT = 512  # a word of length, then JSON
 # Words of a journal's entry.
@@ -90,26 +88,28 @@ class State:
             os.ftruncate(fd, size)
         self.check(fd)
         self._map(size)
-        if not self._words[_MAGIC_AT]:
-            self._words[_VERSION_AT] = _VERSION
-            self._words[_MAGIC_AT] = _MAGIC
-        self._words[_STARTS] += np.uint64(1)
-        self.starts = int(self._words[_STARTS])
+        if not self._words[head.MAGIC_AT]:
+            self._words[head.VERSION_AT] = head.VERSION
+            self._words[head.MAGIC_AT] = head.MAGIC
+        self._words[head.STARTS] += np.uint64(1)
+        self.starts = int(self._words[head.STARTS])
 
     @staticmethod
     def check(fd: int) -> None:
         """Change nothing. Raises StoreUnusable: what is there was left by a version that this one cannot go on from."""
-        head = os.pread(fd, 8 * (_VERSION_AT + 1), 0)
-        magic, version = (int.from_bytes(head[8 * at : 8 * at + 8], sys.byteorder) for at in (_MAGIC_AT, _VERSION_AT))
+        first = os.pread(fd, 8 * (head.VERSION_AT + 1), 0)
+        magic, version = (
+            int.from_bytes(first[8 * at : 8 * at + 8], sys.byteorder) for at in (head.MAGIC_AT, head.VERSION_AT)
+        )
         if magic == 0:
             return  # the first server has yet to come
-        if magic != _MAGIC:
+        if magic != head.MAGIC:
             raise StoreUnusable("what was left of this mount is no state of Shoal's: unmount, and mount again")
-        if version != _VERSION:
-            age = "a newer" if version > _VERSION else "an older"
+        if version != head.VERSION:
+            age = "a newer" if version > head.VERSION else "an older"
             raise StoreUnusable(
-                f"the state of this mount was left by {age} Shoal (version {version}, and this one reads {_VERSION}): "
-                "let that one serve it, or unmount, and mount again"
+                f"the state of this mount was left by {age} Shoal (version {version}, and this one reads "
+                f"{head.VERSION}): let that one serve it, or unmount, and mount again"
             )
 
     @staticmethod
@@ -117,7 +117,7 @@ class State:
         """As `pinned`, of the file behind `fd`. Changes nothing."""
         first = os.pread(fd, _TEXT_BYTES, 0)
         words = np.frombuffer(first[: len(first) // 8 * 8], np.uint64)
-        if len(words) <= _TEXT_AT // 8 or not words[_IS_PINNED]:
+        if len(words) <= _TEXT_AT // 8 or not words[head.IS_PINNED]:
             return None
         length = int(words[_TEXT_AT // 8])
         raw = json.loads(first[_TEXT_AT + 8 : _TEXT_AT + 8 + length])
@@ -142,27 +142,36 @@ class State:
             raise StoreUnusable(f"the record of dataset {record.name} is too long to be kept: {len(text):,} bytes")
         self._mapped[_TEXT_AT + 8 : _TEXT_AT + 8 + len(text)] = text
         self._words[_TEXT_AT // 8] = len(text)
-        self._words[_IS_PINNED] = 1
+        self._words[head.IS_PINNED] = 1
 
     @property
     def terms(self) -> Terms | None:
         """What INIT agreed on; None before that."""
-        if not self._words[_IS_AGREED]:
+        if not self._words[head.IS_AGREED]:
             return None
-        return Terms(*(int(self._words[at]) for at in (_MINOR, _FLAGS, _READAHEAD)))
+        return Terms(*(int(self._words[at]) for at in (head.MINOR, head.FLAGS, head.READAHEAD)))
 
     def agree(self, terms: Terms) -> None:
-        self._words[_MINOR], self._words[_FLAGS] = terms.minor, terms.flags
-        self._words[_READAHEAD] = terms.max_readahead
-        self._words[_IS_AGREED] = 1
+        self._words[head.MINOR], self._words[head.FLAGS] = terms.minor, terms.flags
+        self._words[head.READAHEAD] = terms.max_readahead
+        self._words[head.IS_AGREED] = 1
 
     @property
     def last_backing(self) -> int:
         """The largest backing id that was noted. The kernel gives them in turn."""
-        return int(self._words[_LAST_BACKING])
+        return int(self._words[head.LAST_BACKING])
 
     def note_backing(self, backing: int) -> None:
-        self._words[_LAST_BACKING] = backing
+        self._words[head.LAST_BACKING] = backing
+
+    # What was counted
+
+    def numbers(self) -> tuple[int, ...]:
+        """All words that there are for it."""
+        return tuple(int(word) for word in self._words[head.NUMBERS_AT : head.NUMBERS_AT + head.NUMBERS])
+
+    def set_number(self, place: int, number: int) -> None:
+        self._words[head.NUMBERS_AT + place] = number
 
     # The table
 

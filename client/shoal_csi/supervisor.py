@@ -546,7 +546,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     timeout_help = "seconds that one read may take; 0: what the daemon takes by itself"
     parser.add_argument("--timeout", type=float, default=0.0, help=timeout_help)
     raw = parser.parse_args(argv)
-    journal = Journal()
+    journal = Journal(mount=raw.mountpoint)
     try:
         options = Options(**vars(raw) | {"mountpoint": rundir.canonical(raw.mountpoint)})
         if not options.dataset and not options.take_over:

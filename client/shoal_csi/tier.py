@@ -127,6 +127,10 @@ class Tier:
         """Bytes allocated and whole objects, whichever process brought them."""
         return self._ledger.counts()
 
+    def dropped(self) -> tuple[int, int]:
+        """Objects that this process removed to make room, and their bytes."""
+        return self._ledger.dropped, self._ledger.dropped_bytes
+
     # For the one thread that changes it
 
     @property

@@ -63,6 +63,7 @@ class Ledger:
         self._other_bytes = 0  # of directories, and of what comes in
         self._seen = -1  # the count of changes up to which the two above are right
         self._is_changing = False
+        self.dropped = self.dropped_bytes = 0  # objects that this process removed to make room
 
     def close(self) -> None:
         os.close(self.fd)
@@ -211,6 +212,8 @@ class Ledger:
     def _remove(self, name: str) -> bool:
         is_gone = self.unlink_unused(self.objects / name)
         if is_gone:
+            self.dropped += 1
+            self.dropped_bytes += self._kept[name].allocated_bytes if name in self._kept else 0
             self.forget(name)
         return is_gone
 
@@ -243,6 +246,15 @@ class Ledger:
             os.pwrite(fd, _COUNTS.pack(changes, size_bytes, files), 0)
         finally:
             os.close(fd)
+
+
+def counts(directory: Path) -> tuple[int, int]:
+    """Bytes allocated and whole objects of the tier in `directory`, whoever brought them; none where it is not one."""
+    try:
+        raw = (directory / "lock").read_bytes()
+    except OSError:
+        return 0, 0
+    return _COUNTS.unpack(raw)[1:] if len(raw) == _COUNTS.size else (0, 0)
 
 
 def _lock(fd: int) -> bool:

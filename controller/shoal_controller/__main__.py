@@ -7,7 +7,6 @@ import json
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import click
 
+from shoal import logs
+from shoal.cli import log_options
 from shoal.errors import ShoalError
 from shoal_controller.catalog import AdhocPolicy
 from shoal_controller.model import Policy
@@ -102,6 +103,7 @@ Every flag is also an environment variable: SHOAL_CONTROLLER_DATA_DIR, SHOAL_CON
     help="Kubernetes: a node with such a taint is drained; '*' matches anything. May be given several times.",
 )
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
+@log_options.format_option("SHOAL_CONTROLLER")
 @click.version_option(package_name="shoal")
 def main(
     data_dir: Path,
@@ -123,11 +125,10 @@ def main(
     gate_namespace: tuple[str, ...],
     drain_taint: tuple[str, ...],
     log_level: str,
+    log_format: str,
 ) -> None:
     """Own the cluster's datasets, map and prefetch jobs. Reads go on while it is away."""
-    logging.basicConfig(
-        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(log_level, log_format)
     try:
         grpc_address = Address.parse(grpc_listen)
         config = Config(
@@ -156,7 +157,7 @@ def main(
         )
         _run(_until_stopped(lambda stop: running.serve(config, kube, stop)))
     except ShoalError as error:
-        click.echo(f"error: {error}", err=True)
+        logs.fail(str(error))
         raise SystemExit(1) from None
 
 

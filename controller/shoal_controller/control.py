@@ -135,7 +135,8 @@ class Control(ControlServicer):
                 ):
                     await asyncio.sleep(SERVED_POLL_S)
         except TimeoutError:
-            log.warning("not every node has snapshot %s of dataset %s yet", digest, dataset.name)
+            extra = {"dataset": dataset.name, "snapshot": digest}
+            log.warning("not every node has snapshot %s of dataset %s yet", digest, dataset.name, extra=extra)
 
     def _dataset(self, dataset: Dataset) -> pb.Dataset:
         return messages.dataset_to_wire(dataset, self._shell.state)

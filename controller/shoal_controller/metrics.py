@@ -8,32 +8,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from shoal.cluster_map import NodeState
+from shoal.wire.process_metrics import Exposition
 from shoal_controller import status
 from shoal_controller.model import JobState
 from shoal_controller.shell import Shell
 
+PROGRAM = "shoal-controller"
+
 
 class ControllerMetrics(Collector):
-    """Metrics of one controller."""
+    """Metrics of one controller.
 
-    def __init__(self, shell: Shell) -> None:
+    Args:
+        others: of what runs beside it in the process.
+    """
+
+    def __init__(self, shell: Shell, *others: Collector) -> None:
         self._shell = shell
         self._calls: Counter[tuple[str, str]] = Counter()
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
+        self.exposition = Exposition(PROGRAM, self, *others).text
 
     def count_call(self, method: str, code: str) -> None:
         """Count a finished RPC."""
         self._calls[method, code] += 1
-
-    def exposition(self) -> bytes:
-        """The Prometheus text of this moment."""
-        return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
         state = self._shell.state

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc.aio
+from prometheus_client.registry import Collector
 
-from shoal.errors import InvalidRequest, StoreUnusable
-from shoal.wire import routes
+from shoal.errors import StoreUnusable
+from shoal.wire import addresses, routes
 from shoal.wire.http_server import HttpServer
 from shoal.wire.shoal_pb2_grpc import add_ControlServicer_to_server, add_MembershipServicer_to_server
 from shoal_controller.bootstrap import ControllerView
@@ -57,10 +58,7 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> Address:
         """Take ``HOST:PORT`` apart. Raises InvalidRequest."""
-        host, colon, port = text.rpartition(":")
-        if not colon or not host or not port.isdecimal() or int(port) > 65535:
-            raise InvalidRequest(f"{text!r} is no address: write HOST:PORT, such as 0.0.0.0:7440")
-        return cls(host.strip("[]"), int(port))
+        return cls(*addresses.split(text, "0.0.0.0:7440"))
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -102,8 +100,11 @@ class Server:
         self._stack = stack
 
     @classmethod
-    async def start(cls, config: Config, list_origin: ListOrigin) -> Server:
+    async def start(cls, config: Config, list_origin: ListOrigin, *collectors: Collector) -> Server:
         """Open the data directory and serve.
+
+        Args:
+            collectors: metrics of what runs beside it in the process.
 
         Raises:
             StoreUnusable: the data directory or one of the addresses cannot be used.
@@ -115,7 +116,7 @@ class Server:
             stack.push_async_callback(catalog.close)
             view = ControllerView(shell, catalog)
             stack.callback(view.close)
-            metrics = ControllerMetrics(shell)
+            metrics = ControllerMetrics(shell, *collectors)
 
             http = HttpServer(routes.make_handler(view, metrics.exposition), epoch=view.epoch)
             stack.push_async_callback(http.close)

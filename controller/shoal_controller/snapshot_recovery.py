@@ -75,7 +75,8 @@ class SnapshotRecovery:
                     await asyncio.to_thread(self._receive, member.node.address, digest, path)
                     await self._shell.with_record(partial(self._shell.record.files.keep, path, digest))
             except (ShoalError, OSError) as error:
-                log.info("node %s did not send snapshot %s: %s", member.node.id, digest, error)
+                extra = {"node": member.node.id, "snapshot": digest}
+                log.info("node %s did not send snapshot %s: %s", member.node.id, digest, error, extra=extra)
             else:
                 log.info("snapshot %s came from node %s", digest, member.node.id)
                 return True

@@ -29,7 +29,7 @@ from shoal_controller.kube.api import (
     SECRETS,
     Object,
 )
-from tests.support import apiserver, helm
+from tests.support import apiserver, helm, metrics
 from tests.support.apiserver import (
     CLUSTER_ROLE_BINDINGS,
     CLUSTER_ROLES,
@@ -516,6 +516,17 @@ def test_a_pod_is_held_until_its_data_is_there_and_goes_to_it(
         assert max(term["weight"] for term in terms) == 100
         if (apiserver.assets() or Path()).joinpath("kube-scheduler").exists():
             wait_for(lambda: server.get(PODS, "train", namespace)["spec"].get("nodeName") in ("node-0", "node-1"))
+
+        text = metrics.scrape(int(cluster.endpoint.rpartition(":")[2]))
+        metrics.check(text)
+        told = metrics.samples(text)
+        assert told["shoal_operator_gate_wait_seconds_count", "warm"] == 1
+        assert told["shoal_operator_webhook_requests_total", "gated"] >= 1
+        assert told["shoal_operator_webhook_requests_total", "refused"] == 1
+        assert told["shoal_operator_api_requests_total", "200", "pods", "patch"] >= 1
+        assert told["shoal_operator_watched_objects", "nodes"] == 3
+        names = metrics.names(metrics.own(text))
+        assert metrics.documented(*metrics.PAGES, prefix="shoal_(?:operator|controller)_") <= names
 
         cluster.controller.kill()
         # With the webhook down nobody is kept from starting.

@@ -332,6 +332,7 @@ def test_the_kernel_reads_local_files_by_itself(filled: Dataset) -> None:
         with (mount.path / name).open("rb") as file:
             assert mount.report()["opens_passthrough"] == 1
             assert file.read() == (filled.origin / name).read_bytes()
+        wait_for(lambda: mount.numbers()["opens_node"] >= 1)
 
 
 def test_files_closed_while_requests_fail_are_not_open_any_more(filled: Dataset) -> None:
@@ -378,6 +379,12 @@ def test_without_the_right_files_are_read_through_the_server(filled: Dataset) ->
         report = mount.report()
         assert not report["passthrough"]
         assert report["opens_passthrough"] == 0
+        size_bytes = sum((filled.origin / name).stat().st_size for name in names)
+        wait_for(lambda: mount.numbers()["read_bytes"] >= size_bytes)
+        counted = mount.numbers()
+        assert (counted["opens_node"], counted["opens_read"]) == (0, report["opens_cached"])
+        assert counted["received_local_bytes"] >= size_bytes
+        assert counted["received_peer_bytes"] == 0
         assert mount.log().count("CAP_SYS_ADMIN") == 1, "it is said once"
 
 
@@ -546,6 +553,8 @@ def test_an_object_that_changed_is_stale(make: Callable[[dict[str, bytes]], Data
         line = next(line for line in mount.log().splitlines() if "'changed' of dataset" in line)
         assert f"shoal dataset refresh {dataset.name}" in line or "shoal dataset refresh" in line
         assert "mount again" in line
+        wait_for(lambda: mount.numbers()["errors_estale"] >= 1)
+        assert mount.numbers()["errors_eio"] == 0
 
 
 def begun(program: str, path: Path) -> subprocess.Popen[bytes]:

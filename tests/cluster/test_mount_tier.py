@@ -190,6 +190,10 @@ def test_the_bound_holds(make: Callable[..., Dataset], tier: Path) -> None:
             assert set(second.objects.values()) <= set(now), "an idle dataset makes room"
             assert first.objects[held] in now, "but not what somebody has open"
             assert file.read() == first.objects[held]
+        wait_for(lambda: other.numbers()["tier_brought"] == len(second.objects))
+        assert 0 < other.numbers()["tier_dropped"] <= len(kept)
+        assert other.numbers()["tier_dropped_bytes"] >= (SHARD + 700_000) * other.numbers()["tier_dropped"]
+        wait_for(lambda: mount.numbers()["opens_tier"] > 0)
 
 
 def test_a_server_that_is_killed_in_the_middle_of_an_object(make: Callable[..., Dataset], tier: Path) -> None:

@@ -14,7 +14,7 @@ from shoal.devcluster import DevCluster
 from shoal.errors import ShoalError
 from shoal.transport import Transport
 from shoal_controller.kube.api import DATASETS, ENDPOINT_SLICES, LEASES, PREFETCHES
-from tests.support import kube_http
+from tests.support import kube_http, metrics
 from tests.support.kube_clusters import KubeCluster
 from tests.support.kube_http import KubeHttp
 from tests.support.waiting import wait_for
@@ -75,8 +75,9 @@ def _follow(kube: KubeHttp, origin: Path, *, killed: bool) -> None:
         assert epoch == before[0]
         assert jobs >= before[1]
         assert all(job.startswith("kube-") for job in jobs - before[1])
-        # The Service leads to the new one.
         port = int(str(standby.ready["http"]).rpartition(":")[2])
+        _check_leads(port)
+        # The Service leads to the new one.
         wait_for(lambda: port in [p["port"] for p in _slice(kube)["ports"]])
 
         kube.call(lambda fake: fake.remove(DATASETS, "d"))
@@ -92,6 +93,29 @@ def _check_stands_by(address: str) -> None:
     assert Transport().get(address, "/healthz").body == b"standby\n"
     with pytest.raises(ShoalError, match="stands by: ask the one that leads"):
         Transport().get(address, "/v1/cluster")
+    text = metrics.scrape(int(address.rpartition(":")[2]))
+    metrics.check(text)
+    told = metrics.samples(text)
+    assert told["shoal_operator_leader",] == 0
+    assert told["shoal_operator_lease_age_seconds",] < 60
+    assert told["shoal_operator_api_requests_total", "200", "leases", "get"] > 0
+    assert told["process_resident_memory_bytes",] > 0
+    assert metrics.names(metrics.own(text)) > {"shoal_build_info"}
+
+
+def _check_leads(port: int) -> None:
+    text = metrics.scrape(port)
+    metrics.check(text)
+    told = metrics.samples(text)
+    assert told["shoal_operator_leader",] == told["shoal_operator_datasets", "Ready"] == 1
+    assert told["shoal_operator_lease_transitions_total",] >= 1
+    assert told["shoal_operator_reconciles_total", "dataset", "ok"] > 0
+    assert told["shoal_operator_api_requests_total", "200", "datasets", "patch"] > 0
+    assert told["shoal_controller_datasets",] == 1
+    # All that the docs have of both, but what only a gate has.
+    names = metrics.names(metrics.own(text))
+    written = metrics.documented(*metrics.PAGES, prefix="shoal_(?:operator|controller)_")
+    assert {name for name in written - names if "webhook_certificate" not in name} == set()
 
 
 def _slice(kube: KubeHttp) -> dict[str, list[dict[str, object]]]:

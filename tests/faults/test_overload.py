@@ -244,6 +244,22 @@ def test_overloaded_is_alive(serve: Any) -> None:
         served.go.set()
 
 
+@pytest.mark.parametrize("others", [http_server.MAX_REFUSALS, 0], ids=["some are refused", "none more are refused"])
+def test_how_a_full_server_fares_is_told(serve: Any, monkeypatch: pytest.MonkeyPatch, others: int) -> None:
+    monkeypatch.setattr(http_server, "MAX_REFUSALS", others)
+    served = serve(max_connections=1)
+    with served.connect() as busy:
+        busy.sendall(get("/slow"))
+        wait_for(lambda: not served.server._idle and served.server.open_connections == 1)
+        for path in sorted(http_server.ALWAYS_ANSWERED):
+            # Where no more are refused, it has to be with the connection: it may come a moment later.
+            wait_for(lambda path=path: raw_http.exchange(served.port, get(path)).endswith(b"done"))
+        before = served.server.overloaded
+        assert b"done" not in raw_http.exchange(served.port, get("/healthzz"))
+        assert served.server.overloaded == before + 1
+        served.go.set()
+
+
 def test_a_flood_of_connections_does_not_keep_others_out(serve: Any) -> None:
     served = serve(max_connections=8)
     flood = [served.connect() for _ in range(200)]

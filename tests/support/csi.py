@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -96,6 +97,7 @@ class Driver:
 
     Attributes:
         socket: as an endpoint.
+        metrics_port: where Prometheus is answered.
     """
 
     def __init__(
@@ -118,12 +120,14 @@ class Driver:
             "--state-dir",
             str(place.state),
         ]
-        command += ["--node-id", "node-1", "--look-after-every", "0.5", *args]
+        command += ["--node-id", "node-1", "--look-after-every", "0.5", "--metrics-listen", "127.0.0.1:0", *args]
         env = {**self.environment(place), **environment}
         with place.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
         assert self.process.stdout is not None
-        assert self.process.stdout.readline().startswith("ready"), place.log.read_text()
+        said = self.process.stdout.readline()
+        assert said.startswith("ready "), place.log.read_text()
+        self.metrics_port: int = json.loads(said.removeprefix("ready "))["metrics"]
         # Calls do not wait for a driver that is not there: a kill is seen at once.
         self._channel = grpc.insecure_channel(self.socket)
         self.identity: Any = IdentityStub(self._channel)

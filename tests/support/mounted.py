@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import pytest
 
-from shoal_csi import kernel
+from shoal_csi import kernel, numbers, state_head
 from shoal_csi.server import MOUNT_XATTR
 
 #: A server that is not ready, or does not end, by then hangs.
@@ -122,6 +122,12 @@ class Mounted:
         """What the server says of itself."""
         found: dict[str, Any] = json.loads(os.getxattr(self.path, MOUNT_XATTR))
         return found
+
+    def numbers(self) -> dict[str, int]:
+        """What its servers have counted; up to a second old."""
+        found = state_head.peek(self._state_fd)
+        assert found is not None
+        return numbers.decode(found[1])
 
     def log(self) -> str:
         return self.log_path.read_text()

@@ -23,11 +23,32 @@ import pytest
 
 from shoal_csi import kernel, rundir
 from shoal_csi.mount_table import MountTable
-from shoal_csi.rundir import Record
+from shoal_csi.rundir import Daemon, Record
 from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = "tests.support.fuse_stand_in"
+
+#: Of a mount that is served, for whoever makes another one of it.
+RECORD = Record(
+    mountpoint="/m",
+    dataset="d@0",
+    subpath="",
+    endpoint="",
+    allow_other=True,
+    device="0:1",
+    supervisor_pid=1,
+    daemon=Daemon(1, 1, 0, 0, 0),
+    spare_pid=None,
+    state="serving",
+    restarts=0,
+    failures=0,
+    reason="",
+    is_established=True,
+    since=0.0,
+    log="",
+    daemon_module="",
+)
 
 
 def why_not() -> str:

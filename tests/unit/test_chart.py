@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib
+import json
 import re
 import ssl
 import tomllib
@@ -19,8 +20,9 @@ from shoal.version import VERSION
 from shoal_cachenode.__main__ import main as cachenode
 from shoal_cachenode.__main__ import parse_topology
 from shoal_controller.__main__ import main as controller
+from shoal_csi import mounts
 from shoal_csi.__main__ import main as csi
-from tests.support import helm, kube_schemas
+from tests.support import helm, kube_schemas, metrics
 from tests.support.helm import Manifest, Refused
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +91,9 @@ MATRIX: dict[str, dict[str, Any]] = {
     "local volumes": {
         "cacheNode": {"storage": {"type": "ephemeral", "storageClassName": "local", "size": "3Ti"}},
         "gate": {"admissionPolicy": False, "tls": {"from": "existing", "secretName": "tls", "caBundle": "Q0E="}},
-        "csi": {"node": {"fdstore": {"enabled": False}, "maxUnavailable": 3}},
+        "csi": {"node": {"fdstore": {"enabled": False}, "maxUnavailable": 3}, "metricsPort": 0},
+        "logFormat": "text",
+        "metrics": {"serviceMonitor": {"enabled": True}},
     },
     "trying out": {
         "cacheNode": {"storage": {"type": "emptyDir", "size": "10Gi"}, "nodeSelector": {"shoal.io/cache": None}},
@@ -146,6 +150,13 @@ def test_what_names_pods_finds_them(values: dict[str, Any]) -> None:
                 (pod,) = [pod for pod in pods.values() if _matches(spec["selector"], pod)]
                 for port in spec["ports"]:
                     assert port["targetPort"] in _port_names(pod)
+            case "PodMonitor":
+                (key,) = spec["selector"]["matchExpressions"]
+                scraped = [pod for pod in pods.values() if pod["metadata"]["labels"][key["key"]] in key["values"]]
+                assert scraped
+                for pod in scraped:
+                    assert _matches(spec["selector"]["matchLabels"], pod)
+                    assert {port["port"] for port in spec["podMetricsEndpoints"]} <= _port_names(pod)
             case "NetworkPolicy":
                 (pod,) = [pod for pod in pods.values() if _matches(spec["podSelector"]["matchLabels"], pod)]
                 for rule in spec["ingress"]:
@@ -398,13 +409,27 @@ def test_a_zone_that_is_not_known_is_no_label() -> None:
 
 
 def test_metrics_that_are_shown_exist() -> None:
-    """Their names are those of the docs, which other tests compare with what the servers say."""
-    documented = set(re.findall(r"\bshoal_(?:node|controller)_\w+", _text("docs/cachenode.md", "docs/controller.md")))
+    """Names and labels are those of the docs, which other tests compare with what the programs say."""
+    known = metrics.labels(*metrics.PAGES)
     alerts = yaml.safe_load(_text("charts/shoal/files/alerts.yaml"))
-    dashboard = _text("charts/shoal/files/dashboard.json")
-    expressions = [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
-    shown = set(re.findall(r"\bshoal_\w+", "\n".join([*expressions, dashboard])))
-    assert shown and shown <= documented
+    dashboard = json.loads(_text("charts/shoal/files/dashboard.json"))
+    shown = {rule["alert"]: rule["expr"] for group in alerts["groups"] for rule in group["rules"]}
+    shown |= {
+        f"{panel['title']} {target['refId']}": target["expr"]
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", [])
+    }
+    seen = set()
+    for where, expression in shown.items():
+        for name, _, matchers in re.findall(r"\b((?:shoal|process|python)_\w+)(\{([^}]*)\})?", expression):
+            base = re.sub(r"_(bucket|count|sum)$", "", name)
+            found = name if name in known else base
+            assert found in known, f"{where}: no process has {name}"
+            named = set(re.findall(r"(\w+)\s*[=!]", matchers))
+            assert named <= known[found], f"{where}: {name} has no label {named - known[found]}"
+            seen.add("_".join(found.split("_")[:2]))
+    assert seen > {"shoal_controller", "shoal_node", "shoal_csi", "shoal_mount", "shoal_operator", "process_resident"}
+    assert set(re.findall(r'state!~"([a-z|]+)"', shown["ShoalMountDown"])[0].split("|")) < set(mounts.STATES)
 
 
 def _text(*paths: str) -> str:

@@ -15,14 +15,16 @@ from aiohttp import web
 from shoal.errors import ShoalError
 from shoal_controller.kube import api
 from shoal_controller.kube import informer as informer_module
-from shoal_controller.kube.api import DATASETS, LEASES, NODES, PODS, PREFETCHES, ApiError, HttpApi, Watched
+from shoal_controller.kube.api import DATASETS, LEASES, NODES, PODS, PREFETCHES, Answered, ApiError, HttpApi, Watched
 from shoal_controller.kube.informer import Informer
 from tests.support.kube import FakeApi
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def with_server(handler: Handler, test: Callable[[HttpApi], Awaitable[None]]) -> None:
+def with_server(
+    handler: Handler, test: Callable[[HttpApi], Awaitable[None]], answered: Answered = lambda *_: None
+) -> None:
     async def whole() -> None:
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", handler)
@@ -32,7 +34,7 @@ def with_server(handler: Handler, test: Callable[[HttpApi], Awaitable[None]]) ->
         configuration = kubernetes.client.Configuration()
         configuration.host = f"http://127.0.0.1:{runner.addresses[0][1]}"
         configuration.api_key["authorization"] = "Bearer secret"
-        client = HttpApi(configuration)
+        client = HttpApi(configuration, answered)
         try:
             async with asyncio.timeout(20):
                 await test(client)
@@ -161,14 +163,17 @@ def test_refusals_keep_the_servers_words() -> None:
         with pytest.raises(ApiError, match=r"<html>bad gateway .HTTP 502"):
             await client.patch(DATASETS, "x", {})
 
-    with_server(handler, test)
+    counted: list[tuple[str, str, int]] = []
+    with_server(handler, test, lambda verb, resource, status, seconds: counted.append((verb, resource, status)))
+    assert counted == [("get", "datasets", 404), ("patch", "datasets", 502)]
 
 
 def test_a_server_that_is_not_there() -> None:
     async def test() -> None:
         configuration = kubernetes.client.Configuration()
         configuration.host = "http://127.0.0.1:9"
-        client = HttpApi(configuration)
+        counted: list[tuple[str, int]] = []
+        client = HttpApi(configuration, lambda verb, resource, status, seconds: counted.append((verb, status)))
         try:
             with pytest.raises(ApiError, match="does not answer") as caught:
                 await client.get(DATASETS, "x")
@@ -176,6 +181,7 @@ def test_a_server_that_is_not_there() -> None:
             with pytest.raises(ApiError, match="does not answer"):
                 async for _ in client.watch(DATASETS, "1"):
                     raise AssertionError
+            assert counted == [("get", 0), ("watch", 0)]
         finally:
             await client.close()
 
@@ -196,7 +202,9 @@ def test_an_informer_follows(monkeypatch: pytest.MonkeyPatch) -> None:
         changed = asyncio.Event()
         server.put(PODS, {"metadata": {"name": "a", "namespace": "x", "labels": {"l": ""}}})
         server.put(PODS, {"metadata": {"name": "other", "namespace": "x"}})
-        informer = Informer(server, PODS, changed.set, selector="l")
+        restarts: list[tuple[str, str]] = []
+        on_restart = lambda resource, why: restarts.append((resource, why))  # noqa: E731
+        informer = Informer(server, PODS, changed.set, selector="l", on_restart=on_restart)
         keeping = asyncio.create_task(informer.keep())
 
         async def until(names: set[str]) -> None:
@@ -225,6 +233,7 @@ def test_an_informer_follows(monkeypatch: pytest.MonkeyPatch) -> None:
             server.forget_history(PODS)
             server.put(PODS, {"metadata": {"name": "c", "namespace": "x", "labels": {"l": ""}}})
             await until({"b", "c"})
+            assert ("pods", "expired") in restarts
         keeping.cancel()
 
     asyncio.run(test())

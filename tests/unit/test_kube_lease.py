@@ -68,6 +68,7 @@ def test_the_second_waits_until_the_first_gives_back() -> None:
         first, second = election(api, "a"), election(api, "b")
         await first.acquire()
         assert holder(api) == "a"
+        assert (first.is_leader, second.is_leader) == (True, False)
         waiting = asyncio.create_task(second.acquire())
         holding = asyncio.create_task(first.hold())
         await api.asked(10)  # by both
@@ -75,6 +76,9 @@ def test_the_second_waits_until_the_first_gives_back() -> None:
         holding.cancel()
         await first.release()
         await waiting
+        assert (first.is_leader, second.is_leader, second.transitions) == (False, True, 1)
+        assert first.renewals["ok"] > 0
+        assert first.renewals["failed"] == 0
         assert holder(api) == "b"
         assert api.read(LEASES, "shoal", "shoal")["spec"]["leaseTransitions"] == 1
         await first.release()  # it is not its own any more
@@ -133,6 +137,8 @@ def test_who_cannot_renew_in_time_ends() -> None:
         api.failing = ApiError("the API server is gone")
         with pytest.raises(LeaseLost, match=r"could not be renewed for 0.2 s .the API server is gone."):
             await first.hold()
+        assert not first.is_leader
+        assert first.renewals["failed"] > 0
 
     run(test())
 

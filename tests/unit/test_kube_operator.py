@@ -13,16 +13,19 @@ from typing import Any, cast
 import pytest
 
 from shoal.cluster_map import NodeState
+from shoal.wire.process_metrics import Exposition
 from shoal_controller import shell as shell_module
 from shoal_controller.catalog import AdhocPolicy, Catalog, Definition
 from shoal_controller.events import DrainRequested, NodeRegistered, NodeReported
 from shoal_controller.kube import datasets, gate, operator
 from shoal_controller.kube.api import DATASETS, NODES, PODS, PREFETCHES, SECRETS, ApiError, Object
+from shoal_controller.kube.metrics import Backlog, OperatorMetrics
 from shoal_controller.kube.operator import Operator, Settings
 from shoal_controller.kube.record import KubeRecord
 from shoal_controller.model import Policy, Report, Share
 from shoal_controller.origins import list_origin
 from shoal_controller.shell import Shell
+from tests.support import metrics
 from tests.support.controller import node
 from tests.support.kube import FakeApi
 
@@ -37,6 +40,7 @@ class Running:
     shell: Shell
     catalog: Catalog
     origin: Path
+    told: OperatorMetrics
 
     async def join(self, *names: str) -> None:
         for name in names:
@@ -75,6 +79,9 @@ class Running:
         found = self.api.objects.get("events", {}).values()
         return [(e["type"], e["reason"]) for e in found if e["involvedObject"]["name"] == name]
 
+    def numbers(self) -> dict[tuple[str, ...], float]:
+        return metrics.samples(Exposition("p", self.told).text().decode())
+
     @property
     def digest(self) -> str:
         return self.shell.state.datasets["d"].newest.digest
@@ -88,16 +95,18 @@ def condition(status: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
 async def led(api: FakeApi, directory: Path, origin: Path, **settings: Any) -> AsyncIterator[Running]:
     """A leader over `directory`, as one process has it."""
     loop = asyncio.get_running_loop()
+    told = OperatorMetrics()
 
     def open_record() -> KubeRecord:
         return KubeRecord.open(directory, api=api, loop=loop, namespace="shoal", name="record")
 
     shell = await Shell.start(open_record, POLICY)
     catalog = Catalog(shell, list_origin, AdhocPolicy())
-    it = Operator(api, shell, catalog, cast(KubeRecord, shell.record), Settings("shoal", **settings))
+    it = Operator(api, shell, catalog, cast(KubeRecord, shell.record), Settings("shoal", **settings), told)
+    told.work = it
     running = asyncio.create_task(it.run())
     try:
-        yield Running(api, shell, catalog, origin)
+        yield Running(api, shell, catalog, origin, told)
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -316,6 +325,11 @@ def test_a_pod_waits_until_its_data_is_there(run: Callable[..., None]) -> None:
         await it.until(lambda: ("Normal", "WaitingForData") in it.events("train"))
         await it.report("n1", cached_bytes={it.digest: 511}, held_bytes={it.digest: 511})
         await it.until(lambda: it.status().get("cachedPercent") == 49)
+        told = it.numbers()
+        assert told["shoal_operator_gated_pods",] == 1
+        assert told["shoal_operator_gated_oldest_seconds",] > 0
+        assert told["shoal_operator_datasets", "Ready"] == told["shoal_operator_watched_objects", "datasets"] == 1
+        assert told["shoal_operator_datasets", "Failed"] == told["shoal_operator_failing", "dataset"] == 0
         assert len(it.api.read(PODS, "train", "team")["spec"]["schedulingGates"]) == 2
         await it.report("n2", cached_bytes={it.digest: 128}, held_bytes={it.digest: 128})
         await it.until(lambda: len(it.api.read(PODS, "train", "team")["spec"]["schedulingGates"]) == 1)
@@ -327,6 +341,10 @@ def test_a_pod_waits_until_its_data_is_there(run: Callable[..., None]) -> None:
             (30, ["n2.host"]),
         ]
         assert ("Normal", "Released") in it.events("train")
+        assert it.numbers()["shoal_operator_gate_wait_seconds_count", "warm"] == 1
+        await it.until(lambda: it.numbers()["shoal_operator_gated_pods",] == 0)
+        await it.until(lambda: it.numbers()["shoal_operator_queue_depth",] == 0)
+        assert it.numbers()["shoal_operator_pass_seconds_count",] > 2
 
     run(test)
 
@@ -336,6 +354,9 @@ def test_a_pod_that_waited_long_enough_goes(run: Callable[..., None]) -> None:
         it.pod(text="missing", **{gate.MAX_WAIT_KEY: "1s"})
         await it.until(lambda: len(it.api.read(PODS, "train", "team")["spec"]["schedulingGates"]) == 1)
         assert ("Warning", "Released") in it.events("train")
+        told = it.numbers()
+        assert told["shoal_operator_gate_wait_seconds_count", "long_enough"] == 1
+        assert told["shoal_operator_gate_wait_seconds_sum", "long_enough"] >= 1
 
     run(test)
 
@@ -362,6 +383,7 @@ def test_cordons_drain_and_people_keep_their_own(run: Callable[..., None]) -> No
         it.node("n1", unschedulable=True)
         await it.until(lambda: states()["n1"] is NodeState.DRAINING)
         assert cast(KubeRecord, it.shell.record).drained == {"n1"}
+        assert it.numbers()["shoal_operator_drained_nodes",] == 1
         # The last owner stays.
         it.node("n2", taints=[{"key": "karpenter.sh/disrupted", "effect": "NoSchedule"}])
         it.node("n1")
@@ -391,8 +413,33 @@ def test_one_object_that_fails_is_nothing_to_the_others(
         it.dataset("bad")
         it.dataset("good")
         await it.until(lambda: it.status("good").get("phase") == "Ready")
+        told = it.numbers()
+        assert told["shoal_operator_failing", "dataset"] == 1
+        assert told["shoal_operator_reconciles_total", "dataset", "error"] > 0
+        assert told["shoal_operator_reconcile_seconds_count", "dataset"] > 1
+        it.api.remove(DATASETS, "bad")
+        await it.until(lambda: it.numbers()["shoal_operator_failing", "dataset"] == 0)
 
     run(test)
+
+
+def test_what_waits_for_a_pass_is_counted_from_the_oldest() -> None:
+    now = 0.0
+    backlog = Backlog(lambda: now)
+    assert (backlog.depth, backlog.age_s) == (0, 0.0)
+    backlog.add()
+    now = 1.0
+    backlog.add()
+    backlog.begin()
+    now = 3.0
+    backlog.add()
+    assert (backlog.depth, backlog.age_s) == (3, 3.0)
+    backlog.end()
+    now = 5.0
+    assert (backlog.depth, backlog.age_s) == (1, 2.0)
+    backlog.begin()
+    backlog.end()
+    assert (backlog.depth, backlog.age_s) == (0, 0.0)
 
 
 def test_an_outage_of_the_api_server_is_waited_out(run: Callable[..., None]) -> None:

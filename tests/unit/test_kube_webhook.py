@@ -13,9 +13,13 @@ from typing import Any
 import aiohttp
 import pytest
 import trustme
+from cryptography import x509
 
 from shoal.errors import InvalidRequest, StoreUnusable
+from shoal.wire.process_metrics import Exposition
 from shoal_controller.kube import gate, webhook
+from shoal_controller.kube.metrics import OperatorMetrics
+from tests.support import metrics
 
 
 def admission_review(pod: dict[str, Any]) -> dict[str, Any]:
@@ -64,9 +68,15 @@ def certificates(directory: Path, authority: trustme.CA) -> None:
     (directory / "tls.crt").write_bytes(chain)
 
 
-def served(directory: Path, test: Callable[[str], Awaitable[None]], host: str = "localhost") -> None:
+def served(
+    directory: Path,
+    test: Callable[[str], Awaitable[None]],
+    host: str = "localhost",
+    told: OperatorMetrics | None = None,
+) -> None:
     async def whole() -> None:
-        async with asyncio.timeout(20), webhook.served("127.0.0.1", 0, directory) as port:
+        serving = webhook.served("127.0.0.1", 0, directory, told or OperatorMetrics())
+        async with asyncio.timeout(20), serving as port:
             await test(f"https://{host}:{port}")
 
     asyncio.run(whole())
@@ -89,8 +99,18 @@ def test_over_tls(tmp_path: Path) -> None:
         assert (status, answer["response"]["allowed"]) == (200, True)
         for wrong in (b"no json", b"{}", b"[]"):
             assert (await ask(url, authority, wrong))[0] == 400
+        for text in (None, "[>=300%]"):
+            assert (await ask(url, authority, json.dumps(admission_review(pod(text))).encode()))[0] == 200
 
-    served(tmp_path, test)
+    told = OperatorMetrics()
+    served(tmp_path, test, told=told)
+    found = metrics.samples(Exposition("p", told).text().decode())
+    results = {key[1]: count for key, count in found.items() if key[0] == "shoal_operator_webhook_requests_total"}
+    assert results == {"gated": 1, "not_understood": 3, "let_through": 1, "refused": 1}
+    ends = found["shoal_operator_webhook_certificate_end_timestamp_seconds",]
+    pem = (tmp_path / "tls.crt").read_bytes()
+    assert ends == x509.load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()
+    assert found["shoal_operator_webhook_seconds_count",] == 6
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])  # with an address a client says no name

@@ -9,16 +9,16 @@ import sys
 import pytest
 
 from shoal.datasets import DatasetRecord
-from shoal_csi import state as states
+from shoal_csi import state_head
 from shoal_csi.state import State
 from tests.support.mounting import Place
 
 
-@pytest.mark.parametrize(("version", "said"), [(states._VERSION, ""), (9, "a newer Shoal"), (0, "an older Shoal")])
+@pytest.mark.parametrize(("version", "said"), [(state_head.VERSION, ""), (9, "a newer Shoal"), (0, "an older Shoal")])
 def test_the_real_daemon_looks_at_the_state_first(monkeypatch: pytest.MonkeyPatch, version: int, said: str) -> None:
     state_fd = os.memfd_create("state")
     try:
-        monkeypatch.setattr(states, "_VERSION", version)
+        monkeypatch.setattr(state_head, "VERSION", version)
         State(state_fd)  # a server of that version
         before = os.pread(state_fd, 1 << 16, 0)
         done = subprocess.run(

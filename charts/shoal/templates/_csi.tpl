@@ -21,6 +21,8 @@ livenessProbe:
   env:
     - name: SHOAL_RUN_DIR
       value: /run/shoal-mounts
+    - name: SHOAL_LOG_FORMAT
+      value: {{ .Values.logFormat }}
   securityContext:
     {{- include "shoal.containerSecurity" . | nindent 4 }}
   resources:
@@ -28,4 +30,17 @@ livenessProbe:
   volumeMounts:
     - name: run
       mountPath: /run/shoal-mounts
+{{- end }}
+
+{{/* Who may reach a pod of the driver: whoever scrapes. */}}
+{{- define "shoal.scraped" -}}
+{{- if and .Values.csi.metricsPort .Values.networkPolicy.prometheus }}
+ingress:
+  - from:
+      {{- toYaml .Values.networkPolicy.prometheus | nindent 6 }}
+    ports:
+      - port: metrics
+{{- else }}
+ingress: []
+{{- end }}
 {{- end }}

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal import logs
 from shoal.errors import ShoalError
 
 #: From SIGTERM to SIGKILL.
@@ -201,7 +202,7 @@ class ServerProcess:
 def last_words(log: str) -> str:
     """The sentence with which a process ended: its last ``error:`` line, else its last line, else ""."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("error:")]
+    errors = [said.message for line in lines if (said := logs.parse(line)).is_last]
     if errors:
         return errors[-1]
     if lines and lines[-1].startswith("ModuleNotFoundError:"):

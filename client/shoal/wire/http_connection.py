@@ -241,6 +241,14 @@ class Connection:
         self.keep_alive = keep_alive
         return request
 
+    async def request_within(self, timeout_s: float) -> Request | None:
+        """The first request; None where it does not come in time, or is none."""
+        try:
+            with self._limit(timeout_s, self._stop_listening):
+                return await self.next_request()
+        except (BadRequest, OSError):
+            return None
+
     async def send(self, request: Request, response: Response, epoch: int) -> None:
         body = response.body
         try:
@@ -253,10 +261,10 @@ class Connection:
             elif isinstance(body, AsyncIterator):
                 await _close(body)
 
-    async def try_send(self, response: Response, epoch: int) -> None:
+    async def try_send(self, response: Response, epoch: int, method: str = "GET") -> None:
         """Send a last word to a peer that may be gone."""
         try:
-            await self._send("GET", response, epoch)
+            await self._send(method, response, epoch)
         except (OSError, TimeoutError):
             pass
 

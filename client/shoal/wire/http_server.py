@@ -38,6 +38,10 @@ MAX_CONNECTIONS = 8192
 DESCRIPTOR_SHARE = 0.5
 #: Newcomers that are told so at a time; others find a closed connection.
 MAX_REFUSALS = 64
+#: A newcomer's request is waited for so long before it is refused: it may be one of `ALWAYS_ANSWERED`.
+REFUSAL_S = 1.0
+#: What is answered whatever the load: else a process that is busy would be taken for one that is ill, and killed.
+ALWAYS_ANSWERED = frozenset({"/healthz", "/readyz", "/metrics"})
 #: Bytes that all request bodies on their way in may hold.
 BODIES_BYTES = 64 << 20
 #: Idle connections that end when a descriptor is lacking, and how long to wait for theirs.
@@ -179,8 +183,8 @@ class HttpServer:
                 self._idle[connection] = None
                 serving = self._serve(connection)
             else:
-                self.overloaded += 1
-                if self._refusals == MAX_REFUSALS:
+                if self._refusals == MAX_REFUSALS and not _asks_how_it_fares(sock):
+                    self.overloaded += 1
                     connection.close()
                     continue
                 self._refusals += 1
@@ -227,11 +231,16 @@ class HttpServer:
             self._idle.pop(connection, None)
 
     async def _refuse(self, connection: Connection) -> None:
-        """Say that there is no room, without waiting for what is asked."""
-        connection.keep_alive = False
-        error = Overloaded(f"this server has all of its {self._max_connections} connections in use: ask another one")
+        """Say that there is no room; but tell how this process fares, however many others there are."""
         try:
-            await connection.try_send(self._error(HTTPStatus.SERVICE_UNAVAILABLE, error), self._epoch())
+            request = await connection.request_within(REFUSAL_S)
+            if request is not None and request.path in ALWAYS_ANSWERED:
+                response = await self._answer(request)
+            else:
+                full = f"this server has all of its {self._max_connections} connections in use: ask another one"
+                response = self._error(HTTPStatus.SERVICE_UNAVAILABLE, Overloaded(full))
+            connection.keep_alive = False
+            await connection.try_send(response, self._epoch(), method="GET" if request is None else request.method)
             await connection.linger()
         finally:
             connection.close()
@@ -262,6 +271,15 @@ class HttpServer:
             return _error(status, error)
         self.overloaded += isinstance(error, Overloaded)
         return _error(status, error, {"Retry-After": "1"})
+
+
+def _asks_how_it_fares(sock: socket.socket) -> bool:
+    """Whether the request that came with a new connection, if one did, is one of `ALWAYS_ANSWERED`. Takes nothing."""
+    try:
+        words = sock.recv(32, socket.MSG_PEEK | socket.MSG_DONTWAIT).split(b" ")
+    except OSError:
+        return False
+    return len(words) > 2 and words[1].decode("latin-1") in ALWAYS_ANSWERED
 
 
 def _error(status: HTTPStatus, error: ShoalError, headers: Mapping[str, str] | None = None) -> Response:

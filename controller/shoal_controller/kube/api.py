@@ -11,7 +11,8 @@ import asyncio
 import json
 import os
 import ssl
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -139,34 +140,43 @@ class Api(Protocol):
     async def delete(self, resource: Resource, name: str, *, namespace: str = "", uid: str = "") -> None: ...
 
 
+#: Counts a request: verb as in Kubernetes' rights, resource, status of HTTP (0: no answer), seconds.
+Answered = Callable[[str, str, int, float], None]
+_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "patch": "PATCH", "delete": "DELETE"}
+
+
 class HttpApi:
     """An `Api` over HTTPS. For one event loop."""
 
-    def __init__(self, configuration: Any) -> None:
+    def __init__(self, configuration: Any, answered: Answered = lambda *_: None) -> None:
         """Use `connect`. `configuration` is a `kubernetes.client.Configuration`."""
         self._configuration = configuration
+        self._answered = answered
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=_ssl_context(configuration), limit=32))
 
     @classmethod
-    async def connect(cls) -> HttpApi:
+    async def connect(cls, answered: Answered = lambda *_: None) -> HttpApi:
         """Use the pod's service account, or else the kubeconfig that ``KUBECONFIG`` or the home directory names.
+
+        Args:
+            answered: counts requests.
 
         Raises:
             ShoalError: there is neither.
         """
-        return cls(await asyncio.to_thread(_configuration))
+        return cls(await asyncio.to_thread(_configuration), answered)
 
     async def close(self) -> None:
         await self._session.close()
 
     async def get(self, resource: Resource, name: str, *, namespace: str = "") -> Object:
-        return await self._request("GET", resource.path(namespace=namespace, name=name))
+        return await self._request("get", resource, resource.path(namespace=namespace, name=name))
 
     async def list(self, resource: Resource, *, selector: str = "", namespace: str = "") -> Listed:
         items: list[Object] = []
         query = {"limit": str(PAGE)} | ({"labelSelector": selector} if selector else {})
         while True:
-            page = await self._request("GET", resource.path(namespace=namespace), query=query)
+            page = await self._request("list", resource, resource.path(namespace=namespace), query=query)
             items += page.get("items") or []
             metadata = page.get("metadata") or {}
             if not metadata.get("continue"):
@@ -181,10 +191,12 @@ class HttpApi:
         path = resource.path(namespace=namespace)
         url = self._configuration.host + path
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_S, sock_read=WATCH_S + WATCH_GRACE_S)
+        since, status = time.monotonic(), 0
         try:
             async with self._session.get(url, params=query, headers=self._headers(), timeout=timeout) as response:
-                if response.status >= 400:
-                    raise _refused("watch", path, response.status, await response.read())
+                status = response.status
+                if status >= 400:
+                    raise _refused("watch", path, status, await response.read())
                 pending = b""
                 # By hand, because an object may be larger than aiohttp's longest line.
                 async for received in response.content.iter_any():
@@ -195,33 +207,37 @@ class HttpApi:
             raise
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise _unreachable(self._configuration.host, error) from error
+        finally:
+            self._answered("watch", resource.plural, status, time.monotonic() - since)
 
     async def create(self, resource: Resource, item: Object, *, namespace: str = "") -> Object:
-        return await self._request("POST", resource.path(namespace=namespace), body=item)
+        return await self._request("create", resource, resource.path(namespace=namespace), body=item)
 
     async def replace(self, resource: Resource, item: Object, *, namespace: str = "") -> Object:
         path = resource.path(namespace=namespace, name=item["metadata"]["name"])
-        return await self._request("PUT", path, body=item)
+        return await self._request("update", resource, path, body=item)
 
     async def patch(
         self, resource: Resource, name: str, change: Mapping[str, Any], *, namespace: str = "", subresource: str = ""
     ) -> Object:
         path = resource.path(namespace=namespace, name=name, subresource=subresource)
-        return await self._request("PATCH", path, body=change, content_type=MERGE_PATCH)
+        return await self._request("patch", resource, path, body=change, content_type=MERGE_PATCH)
 
     async def delete(self, resource: Resource, name: str, *, namespace: str = "", uid: str = "") -> None:
         options = {"preconditions": {"uid": uid}} if uid else {}
-        await self._request("DELETE", resource.path(namespace=namespace, name=name), body=options)
+        await self._request("delete", resource, resource.path(namespace=namespace, name=name), body=options)
 
     async def _request(
         self,
-        method: str,
+        verb: str,
+        resource: Resource,
         path: str,
         *,
         query: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
         content_type: str = "application/json",
     ) -> Object:
+        method, since, status = _METHODS[verb], time.monotonic(), 0
         try:
             async with self._session.request(
                 method,
@@ -232,12 +248,15 @@ class HttpApi:
                 timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
             ) as response:
                 content = await response.read()
-                if response.status >= 400:
-                    raise _refused(method, path, response.status, content)
+                status = response.status
+                if status >= 400:
+                    raise _refused(method, path, status, content)
                 answer: Object = json.loads(content)
                 return answer
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise _unreachable(self._configuration.host, error) from error
+        finally:
+            self._answered(verb, resource.plural, status, time.monotonic() - since)
 
     def _headers(self) -> dict[str, str]:
         headers = {"Accept": "application/json", "User-Agent": "shoal-controller"}

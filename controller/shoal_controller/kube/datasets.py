@@ -372,6 +372,10 @@ def _spread(dataset: Dataset, state: State) -> list[dict[str, Any]]:
     return [{"id": node_id, "host": host, "bytes": size_bytes} for size_bytes, node_id, host in most]
 
 
+#: The first one is that of an object that nobody has looked at.
+PHASES = ("Pending", "Listing", "Ready", "Failed", "Deleting")
+
+
 def _phase(declared: Declared, found: Dataset | None, work: Work, ready: Condition) -> str:
     if declared.is_deleting:
         return "Deleting"

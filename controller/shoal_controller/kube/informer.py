@@ -37,6 +37,7 @@ class Informer:
         selector: str = "",
         namespace: str = "",
         trim: Callable[[Object], Object] | None = None,
+        on_restart: Callable[[str, str], None] = lambda *_: None,
     ) -> None:
         """Hold nothing yet.
 
@@ -45,6 +46,8 @@ class Informer:
             selector: label that objects have; "": all objects.
             namespace: of the objects; "": all namespaces.
             trim: what of an object is kept: all but the managed fields, where None.
+            on_restart: called with the resource's plural and why, when a watch is over: ``ended`` by the server,
+                ``expired``, or ``failed``.
         """
         self.objects: dict[Key, Object] = {}
         self.synced = asyncio.Event()
@@ -54,6 +57,7 @@ class Informer:
         self._on_change = on_change
         self._selector = selector
         self._trim = trim or without_managed_fields
+        self._on_restart = on_restart
 
     def put(self, item: Object) -> None:
         """Take an object that the server answered with, before the watch brings it."""
@@ -66,6 +70,7 @@ class Informer:
         """Go on for ever."""
         version, retry_s = "", FIRST_RETRY_S
         while True:
+            why = "ended"
             try:
                 if not version:
                     version = await self._list()
@@ -77,9 +82,12 @@ class Informer:
                         self._on_change()
             except ApiError as error:
                 if error.has_expired:
-                    version = ""
+                    version, why = "", "expired"
                 else:
-                    log.warning("%s are not watched for now: %s", self.resource.plural, error)
+                    why = "failed"
+                    plural = self.resource.plural
+                    log.warning("%s are not watched for now: %s", plural, error, extra={"resource": plural})
+            self._on_restart(self.resource.plural, why)
             # Also after a watch that the server ended: one that ends each at once must not be asked without a pause.
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, LAST_RETRY_S)

@@ -65,7 +65,12 @@ def may_take(seen: Seen, identity: str, now_s: float) -> bool:
 
 
 class Election:
-    """One replica's part in the election. Call `acquire`, then run `hold` beside the work, then `release`."""
+    """One replica's part in the election. Call `acquire`, then run `hold` beside the work, then `release`.
+
+    Attributes:
+        is_leader: as far as this replica knows.
+        renewals: attempts by how they ended.
+    """
 
     def __init__(
         self,
@@ -86,6 +91,20 @@ class Election:
         self._seen: Seen | None = None
         self._item: Object = {}
         self._renewed_s = 0.0
+        self.is_leader = False
+        self.renewals = {"ok": 0, "failed": 0}
+
+    @property
+    def transitions(self) -> int:
+        """How often the holder changed, as the lease says."""
+        return int((self._item.get("spec") or {}).get("leaseTransitions") or 0)
+
+    @property
+    def age_s(self) -> float:
+        """Since the lease was renewed, as seen from here; 0 before it was seen."""
+        if self.is_leader:
+            return self._clock() - self._renewed_s
+        return 0.0 if self._seen is None else self._clock() - self._seen.seen_s
 
     async def acquire(self) -> None:
         """Wait until this replica leads. A server that does not answer is asked again."""
@@ -93,6 +112,7 @@ class Election:
         while True:
             try:
                 if await self._try_to_take():
+                    self.is_leader = True
                     log.info("%s leads", self.identity)
                     return
             except ApiError as error:
@@ -117,11 +137,15 @@ class Election:
             try:
                 async with asyncio.timeout(max(0.0, left_s)):
                     await self._renew()
+                self.renewals["ok"] += 1
             except (ApiError, TimeoutError) as error:
+                self.renewals["failed"] += 1
                 reason = str(error) or reason
                 if isinstance(error, ApiError) and error.is_conflict and not await self._is_mine():
+                    self.is_leader = False
                     raise LeaseLost(f"{self._holder()} leads now: {self.identity} ends") from error
                 if self._clock() - self._renewed_s >= self._timing.renew_s:
+                    self.is_leader = False
                     raise LeaseLost(
                         f"the lease {self._name} could not be renewed for {self._timing.renew_s:g} s ({reason}): "
                         f"{self.identity} ends, so that another can lead"
@@ -130,6 +154,7 @@ class Election:
 
     async def release(self) -> None:
         """Let another replica lead at once, if this one does. Where that fails the lease runs out by itself."""
+        self.is_leader = False
         if self._holder() != self.identity:
             return
         try:

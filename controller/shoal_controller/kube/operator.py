@@ -15,7 +15,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ from shoal_controller.kube.conditions import Condition, Transition, transitions
 from shoal_controller.kube.datasets import Declared, Failure, Work
 from shoal_controller.kube.gate import GatedPod
 from shoal_controller.kube.informer import Informer
+from shoal_controller.kube.metrics import Backlog, OperatorMetrics
 from shoal_controller.kube.nodes import KubeNode
 from shoal_controller.kube.prefetches import Asked
 from shoal_controller.kube.record import KubeRecord
@@ -79,6 +80,7 @@ class Operator:
         catalog: Catalog,
         record: KubeRecord,
         settings: Settings,
+        metrics: OperatorMetrics,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._api = api
@@ -87,14 +89,23 @@ class Operator:
         self._record = record
         self._settings = settings
         self._clock = clock
+        self._metrics = metrics
         self._poked = asyncio.Event()
-        self.datasets = Informer(api, DATASETS, self._poked.set)
-        self.prefetches = Informer(api, PREFETCHES, self._poked.set)
+        self.backlog = Backlog()
+        restarted = metrics.watch_restarted
+        self.datasets = Informer(api, DATASETS, self._poke, on_restart=restarted)
+        self.prefetches = Informer(api, PREFETCHES, self._poke, on_restart=restarted)
         self.pods = tuple(
-            Informer(api, PODS, self._poked.set, selector=gate.KEY, namespace=namespace, trim=gate.trimmed)
+            Informer(
+                *(api, PODS, self._poke),
+                selector=gate.KEY,
+                namespace=namespace,
+                trim=gate.trimmed,
+                on_restart=restarted,
+            )
             for namespace in settings.gate_namespaces
         )
-        self.nodes = Informer(api, NODES, self._poked.set, trim=nodes.trimmed)
+        self.nodes = Informer(api, NODES, self._poke, trim=nodes.trimmed, on_restart=restarted)
         self._works: dict[str, Work] = {}
         self._listings: dict[str, asyncio.Task[Dataset]] = {}
         self._secrets: dict[str, tuple[float, Mapping[str, str] | None, str]] = {}
@@ -103,7 +114,7 @@ class Operator:
         self._waiting_told_s: dict[str, float] = {}  # by uid of a pod
         self._seen_nodes: set[str] = set()
         self._drained = record.drained
-        self._logged: dict[str, str] = {}
+        self._logged: dict[tuple[str, str], str] = {}  # by kind and name, of what failed last time
 
     @property
     def informers(self) -> tuple[Informer, ...]:
@@ -135,36 +146,62 @@ class Operator:
         version = 0
         while True:
             version, _ = await self._shell.orders.newer_than(version)
-            self._poked.set()
+            self._poke()
+
+    def _poke(self) -> None:
+        """Something has changed."""
+        self.backlog.add()
+        self._poked.set()
 
     async def pass_once(self) -> None:
         """Look at everything once."""
-        waiting = self._gated_pods()
+        since = time.monotonic()
+        self.backlog.begin()
+        waiting = self.gated_pods()
         waited_for = {want.dataset for pod in waiting for want in pod.wants}
         kube_nodes = {name: KubeNode.parse(raw) for (_, name), raw in self.nodes.objects.items()}
-        await self._guarded("nodes", self._drain(kube_nodes))
+        await self._guarded("nodes", "", self._drain(kube_nodes))
         for raw in list(self.datasets.objects.values()):
             name = raw["metadata"]["name"]
-            await self._guarded(f"dataset {name}", self._dataset(raw, name in waited_for))
-        await self._guarded("datasets", self._undeclared(waited_for))
+            await self._guarded("dataset", name, self._dataset(raw, name in waited_for))
+        await self._guarded("undeclared", "", self._undeclared(waited_for))
         asked = [Asked.parse(raw) for raw in self.prefetches.objects.values()]
         for raw in list(self.prefetches.objects.values()):
             each = Asked.parse(raw)
-            await self._guarded(f"prefetch {each.key}", self._prefetch(raw, each, asked))
+            await self._guarded("prefetch", each.key, self._prefetch(raw, each, asked))
         for pod in waiting:
-            await self._guarded(f"pod {pod.namespace}/{pod.name}", self._pod(pod, kube_nodes))
+            await self._guarded("pod", f"{pod.namespace}/{pod.name}", self._pod(pod, kube_nodes))
         self._forget()
+        self.backlog.end()
+        self._metrics.passed(time.monotonic() - since)
 
-    async def _guarded(self, what: str, work: Awaitable[None]) -> None:
+    async def _guarded(self, kind: str, name: str, work: Awaitable[None]) -> None:
+        since, result, what = time.monotonic(), "ok", (kind, name)
         try:
             await work
             self._logged.pop(what, None)
         except Exception as error:
             # One object that nobody foresaw must not take the others down.
+            result = "error"
             # Each second the same sentence is of no use to anybody.
             if self._logged.get(what) != str(error):
-                log.warning("%s: %s", what, error, exc_info=None if isinstance(error, ShoalError) else error)
+                trace = None if isinstance(error, ShoalError) else error
+                extra = {kind: name} if name else {}
+                log.warning("%s: %s", f"{kind} {name}".strip(), error, exc_info=trace, extra=extra)
                 self._logged[what] = str(error)
+        self._metrics.reconciled(kind, result, time.monotonic() - since)
+
+    # For metrics
+
+    @property
+    def drained(self) -> frozenset[str]:
+        """Ids of cache nodes that Kubernetes has drained."""
+        return self._drained
+
+    @property
+    def failing(self) -> Collection[tuple[str, str]]:
+        """Kind and name of what failed when it was looked at last."""
+        return self._logged.keys()
 
     # Nodes
 
@@ -179,12 +216,12 @@ class Operator:
         for node_id, reason in decided.drain.items():
             try:
                 await self._shell.apply(DrainRequested(node_id))
-                log.info("cache node %s is drained: %s", node_id, reason)
+                log.info("cache node %s is drained: %s", node_id, reason, extra={"node": node_id})
             except DoesNotFit as error:
                 refusals.append(f"{reason}, but {error}")
         for node_id in decided.undrain:
             await self._shell.apply(UndrainRequested(node_id))
-            log.info("cache node %s owns its share again", node_id)
+            log.info("cache node %s owns its share again", node_id, extra={"node": node_id})
         await self._remember(decided.ours)
         if refusals:
             raise DoesNotFit("; ".join(refusals))
@@ -215,11 +252,11 @@ class Operator:
                     return  # its status with the next pass
                 case datasets.RemoveFinalizer():
                     await self._set_finalizer(self.datasets, raw, datasets.FINALIZER, wanted=False)
-                    log.info("dataset %s is gone", name)
+                    log.info("dataset %s is gone", name, extra={"dataset": name})
                     return
                 case datasets.Remove():
                     await self._catalog.remove(name)
-                    log.info("dataset %s is removed", name)
+                    log.info("dataset %s is removed", name, extra={"dataset": name})
                 case _ if missing_secret:
                     pass  # with other credentials than those that it has, nothing is begun
                 case datasets.Add(definition):
@@ -286,14 +323,15 @@ class Operator:
     def _listed(self, declared: Declared, before: Work, request: str, task: asyncio.Task[Dataset]) -> None:
         name = declared.name
         del self._listings[name]
-        self._poked.set()
+        self._poke()
         error = None if task.cancelled() else task.exception()
         if task.cancelled():
             self._works[name] = before
         elif error is None:
             self._works[name] = replace(before, failure=None, done_request=request or before.done_request)
         else:
-            log.warning("dataset %s: %s", name, error, exc_info=None if isinstance(error, ShoalError) else error)
+            trace = None if isinstance(error, ShoalError) else error
+            log.warning("dataset %s: %s", name, error, exc_info=trace, extra={"dataset": name})
             told = error if isinstance(error, ShoalError) else ShoalError(repr(error))
             failure = Failure.of(told, declared.generation, before.failure, self._clock())
             self._works[name] = replace(before, failure=failure)
@@ -352,7 +390,7 @@ class Operator:
 
     # Pods
 
-    def _gated_pods(self) -> list[GatedPod]:
+    def gated_pods(self) -> list[GatedPod]:
         found = (gate.gated(raw) for informer in self.pods for raw in informer.objects.values())
         return [pod for pod in found if pod is not None]
 
@@ -376,6 +414,7 @@ class Operator:
         for informer in self.pods:
             if informer.namespace in ("", pod.namespace):
                 informer.put(changed)
+        self._metrics.released("long_enough" if waits_for else "warm", now - pod.created_utc_s)
         sentence = (
             f"goes with cold data after its longest wait: {'; '.join(waits_for)}" if waits_for else "data is warm"
         )
@@ -439,10 +478,19 @@ class Operator:
                 listing.cancel()
             else:
                 del self._works[name]
+        for kind, name in list(self._logged):
+            if name and not self._is_there(kind, name):
+                del self._logged[kind, name]
         uids = set(self._uids())
         for kept in (self._prefetch_failures, self._told_s, self._waiting_told_s):
             for uid in [uid for uid in kept if uid not in uids]:
                 del kept[uid]
+
+    def _is_there(self, kind: str, name: str) -> bool:
+        """Whether an object of that kind and name is known; ``NAMESPACE/NAME`` where it has a namespace."""
+        informers = {"dataset": (self.datasets,), "prefetch": (self.prefetches,), "pod": self.pods}[kind]
+        namespace, _, rest = name.rpartition("/")
+        return any((namespace, rest) in informer.objects for informer in informers)
 
     def _uids(self) -> Iterator[str]:
         for informer in self.informers:

@@ -23,6 +23,8 @@ from shoal_controller.kube.conditions import Condition
 from shoal_controller.model import Dataset, Job, JobState, State
 
 FINALIZER = "shoal.io/stop-prefetch"
+#: The first one is that of an object that nobody has looked at.
+PHASES = ("Waiting", "Running", "Complete", "Failed")
 
 
 @dataclass(frozen=True, slots=True)

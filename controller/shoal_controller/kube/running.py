@@ -19,16 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from shoal import logs
 from shoal.errors import NotFound, StoreUnusable, Unavailable
 from shoal.transport import Transport
 from shoal.wire.http_messages import Request, Response
 from shoal.wire.http_server import HttpServer
+from shoal.wire.process_metrics import CONTENT_TYPE, Exposition
 from shoal_controller.kube import endpoints, webhook
 from shoal_controller.kube.api import Api, ApiError, HttpApi
 from shoal_controller.kube.lease import Election
+from shoal_controller.kube.metrics import OperatorMetrics
 from shoal_controller.kube.nodes import DRAINING_TAINTS
 from shoal_controller.kube.operator import Operator, Settings
 from shoal_controller.kube.record import KubeRecord
+from shoal_controller.metrics import PROGRAM
 from shoal_controller.origins import list_origin
 from shoal_controller.server import Address, Config, Server
 from shoal_controller.snapshot_recovery import SnapshotRecovery
@@ -81,24 +85,29 @@ async def serve(config: Config, kube: KubeConfig, stop: asyncio.Event) -> None:
         StoreUnusable: the record or an address cannot be used.
         ShoalError: no API server is known.
     """
+    logs.note(replica=kube.identity)
     async with AsyncExitStack() as stack:
-        api = await HttpApi.connect()
+        metrics = OperatorMetrics()
+        api = await HttpApi.connect(metrics.answered)
         stack.push_async_callback(api.close)
         if kube.certificates is not None:
-            gate = webhook.served(kube.gate.host, kube.gate.port, kube.certificates)
+            gate = webhook.served(kube.gate.host, kube.gate.port, kube.certificates, metrics)
             port = await stack.enter_async_context(gate)
             log.info("the gate is served on port %d", port)
         election = Election(api, namespace=kube.namespace, name=kube.lease, identity=kube.identity)
-        async with _standby(config.http) as http_port:
+        metrics.election = election
+        async with _standby(config.http, metrics) as http_port:
             print("standby", json.dumps({"http": str(Address(config.advertise, http_port))}), flush=True)
             stack.push_async_callback(election.release)
             await _first(election.acquire(), stop.wait())
         if stop.is_set():
             return
-        await _lead(api, config, kube, election, stop)
+        await _lead(api, config, kube, election, metrics, stop)
 
 
-async def _lead(api: Api, config: Config, kube: KubeConfig, election: Election, stop: asyncio.Event) -> None:
+async def _lead(
+    api: Api, config: Config, kube: KubeConfig, election: Election, metrics: OperatorMetrics, stop: asyncio.Event
+) -> None:
     async with AsyncExitStack() as stack:
         holding = asyncio.create_task(election.hold())
         stack.callback(holding.cancel)
@@ -110,14 +119,14 @@ async def _lead(api: Api, config: Config, kube: KubeConfig, election: Election, 
             name=f"{kube.lease}-record",
         )
         policy = replace(config.policy, first_lease_s=FIRST_LEASE_S)
-        server = await Server.start(replace(config, open_record=open_record, policy=policy), list_origin)
+        server = await Server.start(replace(config, open_record=open_record, policy=policy), list_origin, metrics)
         stack.push_async_callback(server.close)
         transport = Transport()
         stack.callback(transport.close)
         record = cast(KubeRecord, server.shell.record)
         gated = (kube.gate_namespaces or ("",)) if kube.certificates is not None else ()
         settings = Settings(kube.namespace, gated, (*DRAINING_TAINTS, *kube.taints))
-        operator = Operator(api, server.shell, server.catalog, record, settings)
+        operator = metrics.work = Operator(api, server.shell, server.catalog, record, settings, metrics)
         print("ready", json.dumps({"grpc": server.grpc_address, "http": server.http_address}), flush=True)
         await _first(
             holding,
@@ -164,9 +173,9 @@ async def _first(*works: Any) -> None:
 
 
 @asynccontextmanager
-async def _standby(address: Address) -> AsyncIterator[int]:
+async def _standby(address: Address, metrics: OperatorMetrics) -> AsyncIterator[int]:
     """Answer probes, which find a standby ready: it does all that a standby can."""
-    http = HttpServer(_answer, epoch=lambda: 0)
+    http = HttpServer(partial(_answer, Exposition(PROGRAM, metrics)), epoch=lambda: 0)
     try:
         port = await http.listen_tcp(address.host, address.port)
     except OSError as error:
@@ -179,12 +188,12 @@ async def _standby(address: Address) -> AsyncIterator[int]:
         await http.close()
 
 
-async def _answer(request: Request) -> Response:
+async def _answer(exposition: Exposition, request: Request) -> Response:
     match request.path:
         case "/healthz" | "/readyz":
             return Response(200, {"Content-Type": "text/plain; charset=utf-8"}, b"standby\n")
         case "/metrics":
-            return Response(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, b"")
+            return Response(200, {"Content-Type": CONTENT_TYPE}, exposition.text())
     if request.path.startswith("/v1/"):
         raise Unavailable("this controller stands by: ask the one that leads, through the Service")
     raise NotFound(f"nothing is served at {request.path!r}")

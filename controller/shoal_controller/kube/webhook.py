@@ -13,15 +13,18 @@ import base64
 import json
 import logging
 import ssl
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from cryptography import x509
 
 from shoal.errors import InvalidRequest, StoreUnusable
 from shoal_controller.kube import gate
+from shoal_controller.kube.metrics import OperatorMetrics
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +58,31 @@ def review(request: Mapping[str, Any]) -> dict[str, Any]:
     return {"apiVersion": version, "kind": "AdmissionReview", "response": answer}
 
 
-async def _handle(request: web.Request) -> web.Response:
-    try:
-        return web.json_response(review(await request.json()))
-    except (InvalidRequest, ValueError) as error:
-        return web.Response(status=400, text=f"{error}\n")
+def result_of(answer: Mapping[str, Any]) -> str:
+    """One word for what `review` answered. Pure."""
+    if not answer["response"]["allowed"]:
+        return "refused"
+    return "gated" if "patch" in answer["response"] else "let_through"
+
+
+def _handler(metrics: OperatorMetrics) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handle(request: web.Request) -> web.Response:
+        since, result = time.monotonic(), "failed"
+        try:
+            answer = review(await request.json())
+            result = result_of(answer)
+            return web.json_response(answer)
+        except (InvalidRequest, ValueError) as error:
+            result = "not_understood"
+            return web.Response(status=400, text=f"{error}\n")
+        finally:
+            metrics.reviewed(result, time.monotonic() - since)
+
+    return handle
 
 
 @asynccontextmanager
-async def served(host: str, port: int, certificates: Path) -> AsyncIterator[int]:
+async def served(host: str, port: int, certificates: Path, metrics: OperatorMetrics) -> AsyncIterator[int]:
     """Serve while the context is entered; it is the port. Files `tls.crt` and `tls.key` are read again as they change.
 
     Raises:
@@ -77,7 +96,8 @@ async def served(host: str, port: int, certificates: Path) -> AsyncIterator[int]
             "another directory with --gate-cert-dir"
         ) from error
     app = web.Application(client_max_size=MAX_BODY)
-    app.router.add_post(PATH, _handle)
+    app.router.add_post(PATH, _handler(metrics))
+    metrics.certificate_end = lambda: certificate.ends_utc_s
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
     renewing = asyncio.create_task(certificate.renew())
@@ -104,6 +124,7 @@ class _Certificate:
 
     Attributes:
         listening: what a socket is to listen with.
+        ends_utc_s: when it is no longer valid, in seconds since the epoch.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -111,6 +132,7 @@ class _Certificate:
         self._directory = directory
         self._content = self._read()
         self._current = self.listening = self._load()
+        self.ends_utc_s = _end(self._content[0])
         self.listening.sni_callback = self._choose
 
     async def renew(self) -> None:
@@ -122,9 +144,9 @@ class _Certificate:
                 content = await asyncio.to_thread(self._read)
                 if content != self._content:
                     self._current = await asyncio.to_thread(self._load)
-                    self._content = content
+                    self._content, self.ends_utc_s = content, _end(content[0])
                     log.info("the gate's certificate was renewed")
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 log.warning("the gate's certificate cannot be read again: %s", error)
 
     def _read(self) -> tuple[bytes, bytes]:
@@ -137,3 +159,8 @@ class _Certificate:
 
     def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
         connection.context = self._current
+
+
+def _end(certificate: bytes) -> float:
+    """When a certificate ends (PEM, the first of a chain). Raises ValueError."""
+    return x509.load_pem_x509_certificate(certificate).not_valid_after_utc.timestamp()
