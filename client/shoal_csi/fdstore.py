@@ -37,7 +37,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from shoal import logs
 from shoal_csi import sockets
 
 SUPERVISED, SERVED, WAITING = "supervised", "served", "waiting"
@@ -186,8 +185,13 @@ def has_writer(pipe_fd: int) -> bool:
 
 
 def say(text: str) -> None:
-    line = logs.line("shoal_csi.fdstore", text) if logs.is_json() else f"shoal-fdstore {text}"
-    print(line, file=sys.stderr, flush=True)
+    if os.environ.get("SHOAL_LOG_FORMAT") == "json":
+        from shoal import logs  # only then: without it this process stays small
+
+        text = logs.line("shoal_csi.fdstore", text)
+    else:
+        text = f"shoal-fdstore {text}"
+    print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -221,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             fcntl.flock(lock, fcntl.LOCK_EX)
         listener = sockets.listen(path, _BACKLOG)
     except OSError as error:
-        logs.fail(f"{path} cannot be made: {error.strerror}; set SHOAL_RUN_DIR")
+        print(f"error: {path} cannot be made: {error.strerror}; set SHOAL_RUN_DIR", file=sys.stderr)
         sys.exit(1)
     os.chdir("/")
     say(f"serves at {path}")
