@@ -52,10 +52,11 @@ class LocalNode:
     def find(cls, transport: Transport, socket_path: str | None) -> LocalNode | None:
         """The node behind `socket_path` (default: ``SHOAL_SOCKET``, then the usual place); None where none answers."""
         path = socket_path or os.environ.get("SHOAL_SOCKET") or DEFAULT_SOCKET
-        if not Path(path).exists():
+        address = f"unix:{path}"
+        if not Path(path).exists() or transport.health.is_open(address):
             return None
         try:
-            answer = transport.get(f"unix:{path}", "/v1/cluster", is_hasty=True)
+            answer = transport.get(address, "/v1/cluster", is_hasty=True)
             return cls(transport, path, json.loads(answer.body))
         except (ShoalError, ValueError, KeyError) as error:
             log.info("no cache node answers on %s, reading over the network: %s", path, error)
