@@ -28,7 +28,7 @@ MINOR = Kind(
     "{version} ({who}) beside {wanted} ({reference}) is for the time of an upgrade only",
     "finish the upgrade: {how}",
 )
-NOBODY = Kind(CHECK, "unknown", Outcome.SKIPPED, "nobody answers who could say his version")
+NOBODY = Kind(CHECK, "unknown", Outcome.SKIPPED, "nobody answers who could say its version")
 
 HERE = "this client"
 _CLIENT_HOW = "pip install 'shoal=={wanted}' here"
