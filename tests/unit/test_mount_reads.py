@@ -242,6 +242,27 @@ def test_memory_of_windows_is_used_again_by_one_at_a_time() -> None:
     assert memory_.kept_bytes == 0
 
 
+def test_memory_that_a_window_took_and_has_no_use_for_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node failed half-way, and the one on this machine passed its file instead."""
+    source = Source(6 * MIB)
+    reads = Reads(source.reader)
+    plain = mount_reads.Reads._read_buffer
+
+    def mapped_in_the_end(*args: Any, **named: Any) -> pa.Buffer:
+        *_, allocate = args
+        buffer = plain(*args, **named)
+        return pa.py_buffer(buffer.to_pybytes()) if allocate is not None else buffer
+
+    monkeypatch.setattr(mount_reads.Reads, "_read_buffer", mapped_in_the_end)
+    for start in range(0, source.size_bytes, MIB):
+        assert got(reads, 1, start, start + MIB) == content(1, start, start + MIB)
+    reads.forget(1)
+    wait_for(lambda: reads.window_bytes == 0)
+    assert reads.ahead_bytes > 3 * MIB
+    assert not reads._memory._used
+    reads.close()
+
+
 def test_a_window_that_fails_is_no_failure() -> None:
     source = Source()
     source.fails_from = STEP
