@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import re
 import socket
@@ -619,6 +620,7 @@ def test_check_of_an_origin(tmp_path: Path) -> None:
 
 def test_checks_that_hang_are_joined_and_not_mistaken_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "CHECK_S", 0.05)
+    monkeypatch.setattr(check, "REST_S", 0.0)
     over, calls = threading.Event(), []
 
     def hang() -> None:
@@ -628,16 +630,34 @@ def test_checks_that_hang_are_joined_and_not_mistaken_for_others(monkeypatch: py
     async def ask() -> list[str | None]:
         checks = check.Checks()
         names = ["a", "a", "b", "c", "d", "e"]
-        said = await asyncio.gather(*(checks.of(name, hang) for name in names))
+        said = await asyncio.gather(*(checks.of(name, "0", hang) for name in names))
         over.set()
         while checks._running:
             await asyncio.sleep(0.001)
-        said.append(await checks.of("a", lambda: None))
+        said.append(await checks.of("a", "0", lambda: None))
         checks.close()
         return [each["error"] for each in said]
 
     assert asyncio.run(ask()) == [*["DeadlineExceeded"] * 5, "Overloaded", None]
     assert len(calls) == 5
+
+
+def test_checks_rest_however_often_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "REST_S", 0.05)
+    calls: list[float] = []
+
+    async def ask() -> None:
+        checks = check.Checks()
+        for _ in range(3):
+            await asyncio.gather(*(checks.of("set", "0", lambda: calls.append(time.monotonic())) for _ in range(9)))
+        await checks.of("set", "1", lambda: calls.append(0.0))
+        checks.close()
+
+    asyncio.run(ask())
+    *of_one, another = calls
+    assert another == 0.0, "a new snapshot is checked at once"
+    assert len(of_one) == 3
+    assert all(after - before > 0.045 for before, after in itertools.pairwise(of_one))
 
 
 def test_check_of_an_origin_with_nothing_to_read(tmp_path: Path) -> None:
