@@ -235,6 +235,9 @@ def test_clocks(skew_s: float, kind: str) -> None:
 
 def test_nodes() -> None:
     assert "--advertise" in only(broken(nodes=with_node(2, asked=REFUSED)), "nodes-unreachable").remedy
+    away = broken(nodes=with_node(2, asked=REFUSED), controller=REFUSED, told=Untold("nobody answers"))
+    assert set(away) == {"controller-away", "nodes-silent"}
+    assert "see that it runs" in away["nodes-silent"].remedy
     mute = Silence(Trouble.MUTE, "no answer within 5 s")
     assert "no answer within 5 s" in only(broken(nodes=with_node(2, asked=mute)), "nodes-mute").sentence
     other = process("10.0.0.2:7450", "n9")
@@ -473,6 +476,30 @@ def test_all_facts_are_judged(facts: Facts) -> None:
 
 
 # How it is said.
+
+
+def test_questions_about_origins_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By datasets as by nodes: each is a read of an origin."""
+    asked: list[tuple[str, str]] = []
+
+    def about(record: DatasetRecord, who: str, *_: object) -> tuple[None, None]:
+        asked.append((record.name, who))
+        return None, None
+
+    monkeypatch.setattr(looking, "MAX_PAIRS", 5)
+    monkeypatch.setattr(looking, "_about", about)
+    monkeypatch.setattr(looking, "_datasets", lambda *_: [dataset(f"set{i}") for i in range(7)])
+    seen = looking._with_datasets(WELL, process("ctl:7441"))
+    assert seen.unchecked_pairs == 4 * 7 - 2 * 5
+    assert sum(who == "" for _, who in asked) == 5
+    assert len({name for name, who in asked if who}) == 5, "spread over datasets"
+
+
+def test_a_password_in_an_endpoint_is_not_repeated() -> None:
+    """People put their findings where others help."""
+    said = CliRunner().invoke(main, ["doctor", "--json", "--endpoint", "http://me:hunter2@host:7441/path"]).output
+    assert json.loads(said)["endpoint"] == "http://***@host:7441/path"
+    assert "endpoint-malformed" in said and "hunter2" not in said
 
 
 def test_the_page_is_made_of_what_can_be_found() -> None:
