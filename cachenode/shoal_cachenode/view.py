@@ -80,7 +80,7 @@ class NodeView:
         await library.snapshot_path(known.record.snapshot, may_fetch=False)  # to fetch it may take long
         opened = await library.snapshot(known.record.snapshot)
         read = partial(check.check, known.record.origin, known.storage_options, opened)
-        return await self._checks.of(name, read)
+        return await self._checks.of(name, known.record.snapshot, read)
 
     def close(self) -> None:
         self._checks.close()

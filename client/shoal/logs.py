@@ -78,7 +78,11 @@ def is_json(format: str = "") -> bool:
 def fail(sentence: str) -> None:
     """Say why this process ends: the line ``error: …``, or that as JSON."""
     as_json = is_json() if _is_json is None else _is_json
-    print(line("shoal", sentence, level=_LAST) if as_json else f"error: {sentence}", file=sys.stderr, flush=True)
+    print(
+        line("shoal", sentence, _of_process, level=_LAST) if as_json else f"error: {sentence}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def line(logger: str, message: str, fields: Mapping[str, object] | None = None, *, level: str = "info") -> str:

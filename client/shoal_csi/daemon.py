@@ -19,12 +19,14 @@ import logging
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import click
 
 from shoal import logs
 from shoal.cli.output import SizeType
+from shoal.cluster import Cluster
 from shoal.datasets import DatasetRecord, parse_path
 from shoal.errors import ShoalError
 from shoal.filesystem import ShoalFileSystem
@@ -43,8 +45,8 @@ log = logging.getLogger(__name__)
 STOP_GRACE_S = 5.0
 #: Beside the numbers of signals.
 _UNMOUNTED = b"\0"
-#: What `prepare` found.
-_prepared: Served | None = None
+#: What `prepare` found, and through whom.
+_prepared: tuple[Served, Cluster] | None = None
 
 
 @click.command()
@@ -81,7 +83,12 @@ def main(
     try:
         state = State(state_fd)
         tier = open_tier(local_tier, local_tier_size, is_first=state.pinned is None)
-        served = _prepared or serve(state, file_system(endpoint, socket, timeout), dataset, subpath)
+        if _prepared is None:
+            served = serve(state, file_system(endpoint, socket, timeout), dataset, subpath)
+        else:
+            served, cluster = _prepared
+            # It may have waited for months, and the nodes of its map may be gone. No request is held up for that.
+            threading.Thread(target=cluster.refresh_map, name="shoal-map", daemon=True).start()
     except (ShoalError, OSError) as error:
         logs.fail(str(error))
         sys.exit(1)
@@ -133,7 +140,7 @@ def prepare(args: list[str]) -> None:
     pinned = State.pinned_in(options["state_fd"])
     if pinned is not None:
         fs = file_system(options["endpoint"], options["socket"], options["timeout"])
-        _prepared = _served(fs, pinned, options["subpath"])
+        _prepared = _served(fs, pinned, options["subpath"]), fs.cluster
 
 
 def file_system(endpoint: str | None, socket: str | None, timeout_s: float) -> ShoalFileSystem:

@@ -19,7 +19,7 @@ import grpc
 
 from shoal.errors import InvalidRequest, StoreUnusable
 from shoal.wire.process_metrics import Exposition
-from shoal_csi import metrics
+from shoal_csi import metrics, scrapes
 from shoal_csi.catalog import Catalog
 from shoal_csi.controller import Controller
 from shoal_csi.csi_pb2_grpc import (
@@ -107,7 +107,7 @@ class Driver:
             add_NodeServicer_to_server(self._node(config, catalog, exposition), self._services)
         _bind(self._services, config.socket)
         if config.metrics is not None:
-            self.metrics_port, self._end_metrics = metrics.serve(exposition, *config.metrics)
+            self.metrics_port, self._end_metrics = scrapes.serve(exposition, *config.metrics)
         self._services.start()
 
     def close(self) -> None:

@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from prometheus_client import Counter as CallCounter
-from prometheus_client import Gauge, Histogram, start_http_server
+from prometheus_client import Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from shoal.errors import StoreUnusable
 from shoal.wire.process_metrics import Exposition
 from shoal_csi import mounts, numbers, rundir, tier_ledger, totals
 from shoal_csi.rundir import Record
@@ -239,24 +238,3 @@ def resident_bytes(pid: int | None) -> int:
     except OSError:
         return 0
     return int(pages) * _PAGE_BYTES
-
-
-def serve(exposition: Exposition, host: str, port: int) -> tuple[int, Callable[[], None]]:
-    """Answer scrapes from a thread; the port, and what ends that.
-
-    Raises:
-        StoreUnusable: the address cannot be used.
-    """
-    try:
-        server, thread = start_http_server(port, host, exposition.registry)
-    except OSError as error:
-        raise StoreUnusable(
-            f"cannot listen on {host}:{port} ({error.strerror or error}): name another address with --metrics-listen"
-        ) from error
-
-    def close() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return int(server.server_port), close

@@ -113,7 +113,7 @@ def read(record: Record) -> dict[str, int] | None:
     if daemon is None:
         return None
     with contextlib.suppress(OSError):
-        fd = os.open(f"/proc/{daemon.pid}/fd/{daemon.state_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"/proc/{daemon.pid}/fd/{daemon.state_fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             found = state_head.peek(fd)
         finally:

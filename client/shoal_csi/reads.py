@@ -196,18 +196,22 @@ class Reads:
                 self._drop(window)
 
     def _receive(self, reader: ObjectReader, ahead: Range) -> pa.Buffer:
+        """A window's bytes, in memory that is its own. What was taken and is not that is given back: a read that failed
+        may have some, and so may one that went on at the local node, whose map is returned instead."""
         taken: list[pa.Buffer] = []
+        found: pa.Buffer | None = None
 
         def allocate(length: int) -> pa.Buffer:
             taken.append(self._memory.allocate(length))
             return taken[-1]
 
         try:
-            return self._read_buffer(reader, ahead.start, ahead.end, None, allocate)
-        except BaseException:
+            found = self._read_buffer(reader, ahead.start, ahead.end, None, allocate)
+            return found
+        finally:
             for buffer in taken:
-                self._memory.free(buffer)
-            raise
+                if found is None or buffer.address != found.address:
+                    self._memory.free(buffer)
 
     def _fetched(self, window: _Window) -> None:
         with self._lock:

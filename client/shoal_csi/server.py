@@ -146,7 +146,8 @@ class Server:
         self._ended = 0
         self._is_stopping = False
         self._busy = [False] * takers
-        self.requests = self._reads = self._read_bytes = self._read_wait_us = self._tier_opens = 0
+        self.requests = self._reads = self._read_bytes = self._read_wait_us = 0
+        self._node_opens = self._tier_opens = 0
         self._errors = dict.fromkeys(failures.ERRNOS, 0)
         self._handlers: dict[int, Callable[[Header, memoryview, int], Answer]] = {
             Opcode.INIT: self._init,
@@ -359,9 +360,12 @@ class Server:
         row = self._row(inode)
         self._presence.opened(row)
         backing = self.opens.open(thread, header.unique, inode, lambda: self._choose(row))
-        self._tier_opens += backing in self._of_tier
         if backing == CACHED:
             return protocol.pack_open(inode, Open.KEEP_CACHE | Open.NOFLUSH)
+        if backing in self._of_tier:
+            self._tier_opens += 1
+        else:
+            self._node_opens += 1
         return protocol.pack_open(inode, Open.PASSTHROUGH | Open.NOFLUSH, backing)
 
     def _release(self, header: Header, body: memoryview, thread: int) -> Answer:
@@ -514,7 +518,7 @@ class Server:
             "reads": self._reads,
             "read_bytes": self._read_bytes,
             "read_wait_us": self._read_wait_us,
-            "opens_node": self.opens.passthrough - self._tier_opens,
+            "opens_node": self._node_opens,  # not a difference, which would fall for a moment
             "opens_tier": self._tier_opens,
             "opens_read": self.opens.cached,
             "received_local_bytes": sources.local_bytes,

@@ -6,6 +6,7 @@ want it any more, and it ends.
 
 ``MODULE.prepare(ARGS)``, where there is one, has what the mount is of at hand before: so a daemon can take over while
 nobody of the cluster answers. Until that succeeds this one is not loaded, and tries again; its turn may come meanwhile.
+One whose turn it is from the start does not: it would only ask twice.
 
 It is not loaded where it could not go on with what the other one leaves: ``MODULE.check_state(fd)``, where there is
 one, says so with a `ShoalError`. Then it ends with ``error: …``, and the other one serves on.
@@ -44,7 +45,7 @@ def main(module: str, args: list[str]) -> None:
             logs.fail(str(error))
             sys.exit(1)
     prepare = getattr(loaded, "prepare", None)
-    if prepare is None or _prepared(prepare, args):
+    if prepare is None or _is_its_turn(0.0) or _prepared(prepare, args):
         print(LOADED, flush=True)
     if os.read(0, 1) == GO:
         sys.argv = [module, *args]
@@ -52,18 +53,23 @@ def main(module: str, args: list[str]) -> None:
 
 
 def _prepared(prepare: Callable[[list[str]], None], args: list[str]) -> bool:
-    """Prepare, or try until stdin has something; whether it succeeded."""
+    """Prepare, or try until its turn has come; whether it succeeded."""
     said = ""
     while True:
         try:
             prepare(args)
             return True
-        except ShoalError as error:
+        except (ShoalError, OSError) as error:
             if str(error) != said:
                 said = str(error)
                 log.warning("a spare daemon waits for the cluster: %s", said)
-        if select.select([0], [], [], PREPARE_AGAIN_S)[0]:
+        if _is_its_turn(PREPARE_AGAIN_S):
             return False
+
+
+def _is_its_turn(within_s: float) -> bool:
+    """Whether stdin has something, or has ended."""
+    return bool(select.select([0], [], [], within_s)[0])
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class ControllerView:
         def read() -> None:
             check.check(dataset.origin, origin.parse_options(dataset.storage_options), Snapshot.open(path))
 
-        return await self._checks.of(name, read)
+        return await self._checks.of(name, dataset.newest.digest, read)
 
     def close(self) -> None:
         self._checks.close()

@@ -50,13 +50,14 @@ def _look(place: Place, running: Driver, dataset: str) -> None:
     running.publish(target, {"dataset": dataset})
     assert files_in(target) == FILES
     wait_for(lambda: told("mount_read_bytes_total", dataset) == size_bytes)
+    # Numbers are written once a second: of a READ at that moment it may be known what was asked and not what came.
+    sources = ("local", "peer", "origin")
+    wait_for(lambda: sum(told("mount_received_bytes_total", dataset, each) for each in sources) >= size_bytes)
     text = metrics.scrape(running.metrics_port)
     metrics.check(text)
     found = metrics.samples(text)
     assert found["shoal_csi_mounts", "serving"] == found["shoal_csi_volumes",] == 1
     assert found["shoal_csi_calls_total", "OK", "NodePublishVolume"] == 1
-    received = [found["shoal_mount_received_bytes_total", dataset, where] for where in ("local", "peer", "origin")]
-    assert sum(received) >= size_bytes
     assert found["shoal_mount_resident_bytes", dataset, "daemon"] > 10 << 20
     (mounted,) = _served(place)
     assert mounted["numbers"]["read_bytes"] == size_bytes

@@ -260,6 +260,32 @@ def test_how_a_full_server_fares_is_told(serve: Any, monkeypatch: pytest.MonkeyP
         served.go.set()
 
 
+def test_who_asks_a_full_server_how_it_fares_opens_no_way_in(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a flood that asks nothing, a probe is answered; then the flood is turned away as before."""
+    monkeypatch.setattr(http_server, "MAX_REFUSALS", 1)
+    monkeypatch.setattr(http_server, "MAX_ASKERS", 2)
+    monkeypatch.setattr(http_server, "REFUSAL_S", 60.0)
+    monkeypatch.setattr(http_connection, "LINGER_S", 60.0)
+    served = serve(max_connections=1)
+    with contextlib.ExitStack() as flood:
+        busy = flood.enter_context(served.connect())
+        busy.sendall(get("/slow"))
+        wait_for(lambda: not served.server._idle and served.server.open_connections == 1)
+        flood.enter_context(served.connect())  # which is waited for, as it asks nothing
+        wait_for(lambda: served.server._refusals == 1)
+        for _ in range(http_server.MAX_ASKERS):
+            asking = flood.enter_context(served.connect())
+            asking.sendall(get("/healthz"))
+            assert asking.recv(65536).endswith(b"done")
+            assert flood.enter_context(served.connect()).recv(1) == b"", "no more of those that ask nothing"
+        asking = flood.enter_context(served.connect())
+        with contextlib.suppress(ConnectionError):
+            asking.sendall(get("/healthz"))
+            assert asking.recv(1) == b"", "and there is an end to those that ask, too"
+        assert served.server._refusals == 1 + http_server.MAX_ASKERS
+        served.go.set()
+
+
 def test_a_flood_of_connections_does_not_keep_others_out(serve: Any) -> None:
     served = serve(max_connections=8)
     flood = [served.connect() for _ in range(200)]

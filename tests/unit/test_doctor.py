@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import re
 import socket
@@ -234,6 +235,9 @@ def test_clocks(skew_s: float, kind: str) -> None:
 
 def test_nodes() -> None:
     assert "--advertise" in only(broken(nodes=with_node(2, asked=REFUSED)), "nodes-unreachable").remedy
+    away = broken(nodes=with_node(2, asked=REFUSED), controller=REFUSED, told=Untold("nobody answers"))
+    assert set(away) == {"controller-away", "nodes-silent"}
+    assert "see that it runs" in away["nodes-silent"].remedy
     mute = Silence(Trouble.MUTE, "no answer within 5 s")
     assert "no answer within 5 s" in only(broken(nodes=with_node(2, asked=mute)), "nodes-mute").sentence
     other = process("10.0.0.2:7450", "n9")
@@ -474,6 +478,30 @@ def test_all_facts_are_judged(facts: Facts) -> None:
 # How it is said.
 
 
+def test_questions_about_origins_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By datasets as by nodes: each is a read of an origin."""
+    asked: list[tuple[str, str]] = []
+
+    def about(record: DatasetRecord, who: str, *_: object) -> tuple[None, None]:
+        asked.append((record.name, who))
+        return None, None
+
+    monkeypatch.setattr(looking, "MAX_PAIRS", 5)
+    monkeypatch.setattr(looking, "_about", about)
+    monkeypatch.setattr(looking, "_datasets", lambda *_: [dataset(f"set{i}") for i in range(7)])
+    seen = looking._with_datasets(WELL, process("ctl:7441"))
+    assert seen.unchecked_pairs == 4 * 7 - 2 * 5
+    assert sum(who == "" for _, who in asked) == 5
+    assert len({name for name, who in asked if who}) == 5, "spread over datasets"
+
+
+def test_a_password_in_an_endpoint_is_not_repeated() -> None:
+    """People put their findings where others help."""
+    said = CliRunner().invoke(main, ["doctor", "--json", "--endpoint", "http://me:hunter2@host:7441/path"]).output
+    assert json.loads(said)["endpoint"] == "http://***@host:7441/path"
+    assert "endpoint-malformed" in said and "hunter2" not in said
+
+
 def test_the_page_is_made_of_what_can_be_found() -> None:
     text = (ROOT / "docs" / "doctor.md").read_text()
     for name in page.checks():
@@ -619,6 +647,7 @@ def test_check_of_an_origin(tmp_path: Path) -> None:
 
 def test_checks_that_hang_are_joined_and_not_mistaken_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "CHECK_S", 0.05)
+    monkeypatch.setattr(check, "REST_S", 0.0)
     over, calls = threading.Event(), []
 
     def hang() -> None:
@@ -628,16 +657,34 @@ def test_checks_that_hang_are_joined_and_not_mistaken_for_others(monkeypatch: py
     async def ask() -> list[str | None]:
         checks = check.Checks()
         names = ["a", "a", "b", "c", "d", "e"]
-        said = await asyncio.gather(*(checks.of(name, hang) for name in names))
+        said = await asyncio.gather(*(checks.of(name, "0", hang) for name in names))
         over.set()
         while checks._running:
             await asyncio.sleep(0.001)
-        said.append(await checks.of("a", lambda: None))
+        said.append(await checks.of("a", "0", lambda: None))
         checks.close()
         return [each["error"] for each in said]
 
     assert asyncio.run(ask()) == [*["DeadlineExceeded"] * 5, "Overloaded", None]
     assert len(calls) == 5
+
+
+def test_checks_rest_however_often_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "REST_S", 0.05)
+    calls: list[float] = []
+
+    async def ask() -> None:
+        checks = check.Checks()
+        for _ in range(3):
+            await asyncio.gather(*(checks.of("set", "0", lambda: calls.append(time.monotonic())) for _ in range(9)))
+        await checks.of("set", "1", lambda: calls.append(0.0))
+        checks.close()
+
+    asyncio.run(ask())
+    *of_one, another = calls
+    assert another == 0.0, "a new snapshot is checked at once"
+    assert len(of_one) == 3
+    assert all(after - before > 0.045 for before, after in itertools.pairwise(of_one))
 
 
 def test_check_of_an_origin_with_nothing_to_read(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -159,8 +161,8 @@ class Source:
 
 def content(row: int, start: int, end: int) -> bytes:
     first, last = start // 8, -(-end // 8)
-    words = b"".join((row << 32 | word).to_bytes(8, "little") for word in range(first, last))
-    return words[start - first * 8 : end - first * 8]
+    words = np.arange(first, last, dtype="<u8") | np.uint64(row << 32)
+    return words.tobytes()[start - first * 8 : end - first * 8]
 
 
 def got(reads: Reads, row: int, start: int, end: int) -> bytes:
@@ -240,6 +242,73 @@ def test_memory_of_windows_is_used_again_by_one_at_a_time() -> None:
     assert memory_.kept_bytes == size
     memory_.keep_at_most(0)
     assert memory_.kept_bytes == 0
+
+
+def test_memory_is_not_used_again_while_somebody_reads_it() -> None:
+    """Streams through more objects than have room at a time: what one lets go of is received into for another."""
+    source, step = Source(16 * MIB), MIB // 4
+    reads = Reads(source.reader, 24 * MIB)
+
+    def stream(row: int) -> None:
+        def compare(buffers: Sequence[pa.Buffer]) -> None:
+            time.sleep(0)  # the others go on while this one sends
+            found.append(b"".join(buffer.to_pybytes() for buffer in buffers))
+
+        for start in range(0, source.size_bytes, step):
+            found = list[bytes]()
+            if not reads.read_at_hand(row, start, start + step, compare):
+                reads.read(row, start, start + step, compare)
+            assert found == [content(row, start, start + step)], (row, start)
+        reads.forget(row)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(stream, range(8)))
+    wait_for(lambda: reads.window_bytes == 0)
+    assert reads.ahead_bytes > 32 * MIB and not reads._memory._used
+    reads.close()
+
+
+@pytest.mark.parametrize("how", [Reads.read, Reads.read_at_hand])
+def test_what_is_being_sent_stays_whatever_happens_to_its_window(how: Any) -> None:
+    """Its file is closed, and others are read meanwhile, with windows of the same sizes."""
+    source, step = Source(8 * MIB), MIB // 4
+    reads = Reads(source.reader)
+    for start in range(0, 2 * MIB, step):
+        assert got(reads, 1, start, start + step) == content(1, start, start + step)
+    wait_for(lambda: is_at_hand(reads, 1, 2 * MIB, 2 * MIB + step))
+    sent: list[bytes] = []
+
+    def send(buffers: Sequence[pa.Buffer]) -> None:
+        reads.forget(1)
+        for row in (2, 3):
+            for start in range(0, source.size_bytes, step):
+                assert got(reads, row, start, start + step) == content(row, start, start + step)
+        sent.append(b"".join(buffer.to_pybytes() for buffer in buffers))
+
+    how(reads, 1, 2 * MIB + step, 2 * MIB + 2 * step, send)
+    assert sent == [content(1, 2 * MIB + step, 2 * MIB + 2 * step)]
+    reads.close()
+
+
+def test_memory_that_a_window_took_and_has_no_use_for_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node failed half-way, and the one on this machine passed its file instead."""
+    source = Source(6 * MIB)
+    reads = Reads(source.reader)
+    plain = mount_reads.Reads._read_buffer
+
+    def mapped_in_the_end(*args: Any, **named: Any) -> pa.Buffer:
+        *_, allocate = args
+        buffer = plain(*args, **named)
+        return pa.py_buffer(buffer.to_pybytes()) if allocate is not None else buffer
+
+    monkeypatch.setattr(mount_reads.Reads, "_read_buffer", mapped_in_the_end)
+    for start in range(0, source.size_bytes, MIB):
+        assert got(reads, 1, start, start + MIB) == content(1, start, start + MIB)
+    reads.forget(1)
+    wait_for(lambda: reads.window_bytes == 0)
+    assert reads.ahead_bytes > 3 * MIB
+    assert not reads._memory._used
+    reads.close()
 
 
 def test_a_window_that_fails_is_no_failure() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from shoal.errors import NodeUnavailable, OriginChanged, OriginUnavailable, Over
 from shoal.filesystem import ShoalFileSystem
 from shoal_cachenode import recent
 from tests.support.minicluster import MiniCluster
+from tests.support.waiting import wait_for
 
 PART, SHARD = 16, 64
 SIZES = (0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200)
@@ -267,6 +269,25 @@ def test_a_local_node_that_starts_after_its_readers_is_found(tmp_path: Path, mon
         fs.cluster._look_for_local_at = 0.0
         assert fs.open_buffer("set/x").to_pybytes() == plain
         assert fs.cluster.local is not None and len(fs.cluster.local.maps) == 1
+
+
+def test_a_local_node_that_is_gone_is_not_asked_by_each_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its socket stays where it was killed. Who reads is told once, waits for nobody, and finds the next one."""
+    monkeypatch.setattr(clusters, "LOOK_FOR_LOCAL_S", 0.0)
+    caplog.set_level("INFO")
+    path = tmp_path / "node.sock"
+    with MiniCluster(tmp_path, {"x": b"x"}) as cluster:
+        with socket.socket(socket.AF_UNIX) as gone:
+            gone.bind(str(path))
+        fs = ShoalFileSystem(endpoint=cluster.nodes[0].address, socket=str(path), skip_instance_cache=True)
+        for _ in range(20):
+            assert fs.cat_file("set/x") == b"x"
+        assert caplog.text.count("no cache node answers on") == 1
+        path.unlink()
+        path.symlink_to(cluster._socket(0))
+        wait_for(lambda: fs.cluster.local is not None)
 
 
 def test_a_node_of_another_cluster_is_not_taken_for_the_local_one(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from shoal.cli import mount as mounting
 from shoal.doctor import Finding, MountFact, Outcome, Told, ToldJob, ToldNode, Untold
 from shoal.errors import ShoalError
 from shoal.local import DEFAULT_SOCKET
+from shoal.origin import redact_url
 from shoal.version import VERSION
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def doctor(endpoint: str | None, socket_path: str | None, timeout_s: float, as_j
         output.document(
             {
                 "version": VERSION,
-                "endpoint": endpoint or None,
+                "endpoint": redact_url(endpoint) if endpoint else None,
                 "healthy": not counts[Outcome.PROBLEM],
                 "counts": {str(outcome): counts[outcome] for outcome in Outcome},
                 "findings": [_json(finding) for finding in findings],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shoal.doctor.facts import Endpoint, Facts, Process, Silence, Trouble
 from shoal.doctor.findings import Finding, Kind, Outcome
+from shoal.origin import redact_url
 
 CHECK = "endpoint"
 
@@ -93,7 +94,7 @@ _SILENCES = {
 def judge(facts: Facts) -> list[Finding]:
     endpoint = facts.endpoint
     if endpoint.malformed:
-        return [MALFORMED.found(text=endpoint.text)]
+        return [MALFORMED.found(text=redact_url(endpoint.text))]
     match endpoint.asked:
         case None if isinstance(facts.socket.asked, Process):
             return [BY_SOCKET.found(path=facts.socket.path)]

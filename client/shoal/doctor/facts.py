@@ -233,7 +233,7 @@ class Facts:
         cluster_map: the newest that anybody has; None where nobody answers.
         datasets: None where nobody answers.
         timeout_s: that each answer was waited for.
-        unchecked_pairs: of a node and a dataset, of which the node was not asked about the dataset.
+        unchecked_pairs: of a process and a dataset, of which the one was not asked about the other.
     """
 
     version: str

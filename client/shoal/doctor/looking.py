@@ -14,6 +14,7 @@ The rule: only questions. Nothing here changes anything, anywhere.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -54,7 +55,7 @@ T = TypeVar("T")
 
 #: What a node needs to hear of a new map, before it is said to be late.
 _LATE_S = 0.5
-#: Questions about a dataset's origin that nodes are asked in all.
+#: Questions about datasets' origins that the controller is asked, and as many that the nodes are in all.
 MAX_PAIRS = 256
 _MAX_AT_ONCE = 64
 #: A deadline of several threads is that much later than each one's own.
@@ -154,14 +155,14 @@ def _with_datasets(facts: Facts, source: Process) -> Facts:
     if listed is None:
         return facts
     answering = [seen for seen in facts.nodes if isinstance(seen.asked, Process)]
-    pairs = [(record, "", facts.controller_address) for record in listed if is_there]
-    by_nodes = [
+    by_controller = [(record, "", facts.controller_address) for record in listed if is_there]
+    by_nodes = (
         (record, seen.node.id, seen.node.address)
         for turn in range(len(answering))
         for number, record in enumerate(listed)
         for seen in (answering[(number + turn) % len(answering)],)
-    ]
-    pairs += by_nodes[:MAX_PAIRS]
+    )
+    pairs = [*by_controller[:MAX_PAIRS], *itertools.islice(by_nodes, MAX_PAIRS)]
     jobs = {(record.name, who): partial(_about, record, who, address, timeout_s) for record, who, address in pairs}
     done = together(jobs, timeout_s + max(timeout_s, CHECK_S + _MARGIN_S))
     late = "no answer in time"
@@ -171,7 +172,7 @@ def _with_datasets(facts: Facts, source: Process) -> Facts:
         datasets=tuple(listed),
         snapshots=tuple(snapshot for snapshot, _ in answers if snapshot is not None),
         origins=tuple(origin for _, origin in answers if origin is not None),
-        unchecked_pairs=len(by_nodes) - len(by_nodes[:MAX_PAIRS]),
+        unchecked_pairs=len(listed) * (is_there + len(answering)) - len(pairs),
     )
 
 

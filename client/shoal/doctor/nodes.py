@@ -58,6 +58,13 @@ UNREACHABLE = Kind(
     "open its port from here; where the address is wrong, start it with an --advertise that leads to it from "
     "everywhere",
 )
+SILENT = Kind(
+    CHECK,
+    "silent",
+    Outcome.PROBLEM,
+    "{name} cannot be reached from here ({reason}), and the controller, which could tell whether it runs, is away",
+    "see that it runs, and that its port is open from here; and see what is found about the controller",
+)
 MUTE = Kind(
     CHECK,
     "mute",
@@ -139,8 +146,11 @@ def _node(facts: Facts, seen: NodeFacts, told: ToldNode | None, silent: int) -> 
             yield say(MUTE, reason=reason)
         case Silence(Trouble.STRANGER | Trouble.GRPC | Trouble.STANDBY, reason):
             yield say(OTHER, other=f"no cache node ({reason})")
+        case Silence(reason=reason) if is_down:
+            yield say(DOWN, reason=reason)
         case Silence(reason=reason):
-            yield say(DOWN if is_down else UNREACHABLE, reason=reason)
+            reports = isinstance(facts.controller, Process) or isinstance(facts.told, Told)
+            yield say(UNREACHABLE if reports else SILENT, reason=reason)
         case Process() if asked.node_id != node.id:
             yield say(OTHER, other=f"node {asked.node_id}" if asked.node_id else "the controller")
         case Process():

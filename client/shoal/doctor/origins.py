@@ -74,9 +74,7 @@ TOO_MANY = Kind(
     CHECK,
     "too-many",
     Outcome.SKIPPED,
-    "{count} pairs of a node and a dataset were left out, so that origins are not asked too much; each dataset was "
-    "tried by "
-    "the controller and some nodes",
+    "{count} pairs of a process and a dataset were left out, so that origins are not asked too much",
 )
 NOBODY = Kind(CHECK, "unknown", Outcome.SKIPPED, "nobody answers who could read an origin")
 

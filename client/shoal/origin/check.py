@@ -1,7 +1,8 @@
 """Whether an origin still gives what a snapshot lists: asked of each process that reads it, by ``shoal doctor``.
 
     check     one byte of a few objects, at the version listed: what a read needs, with this process's credentials
-    Checks    the same for a server, which many may ask: one at a time a dataset, whose answer all get who ask meanwhile
+    Checks    the same for a server, which anybody may ask: one at a time a snapshot of a dataset, whose answer all get
+              who ask meanwhile, and a rest after each
 
 The rule: an origin is read and never written, and asked for a handful of bytes however often somebody wants to know.
 """
@@ -29,8 +30,12 @@ CHECK_S = 5.0
 _PATIENCE = Deadlines(contact_s=4.0, read_s=4.0, connect_s=2.0, idle_s=3.0, tries=1)
 #: Objects that are looked at: the first, the last, and those between at equal distances.
 _OBJECTS = 3
+#: Between two checks of the same: nobody makes a server read an origin without end.
+REST_S = 0.5
 #: Origins that are checked at a time.
 _THREADS = 4
+
+_Key = tuple[str, str]
 
 
 def check(url: str, storage_options: Mapping[str, Any], snapshot: Snapshot) -> None:
@@ -63,15 +68,21 @@ class Checks:
 
     def __init__(self) -> None:
         self._threads = Threads(_THREADS, "origin-check")  # their own: an origin may hold them for long
-        self._running: dict[str, tuple[Future[None], asyncio.Future[None]]] = {}
+        self._running: dict[_Key, tuple[Future[None], asyncio.Future[None]]] = {}
+        self._rests_until: dict[_Key, float] = {}  # by the loop's clock
 
-    async def of(self, name: str, call: Callable[[], None]) -> dict[str, Any]:
+    async def of(self, name: str, digest: str, call: Callable[[], None]) -> dict[str, Any]:
         """The document of ``/v1/datasets/{name}/origin`` (docs/wire.md).
 
         Args:
-            call: does `check` for the dataset of that name, in a thread.
+            digest: of the dataset's newest snapshot. Those of others may have the same.
+            call: does `check` for them, in a thread.
         """
-        job, done = self._run(name, call)
+        key = name, digest
+        rest_s = self._rests_until.get(key, 0.0) - asyncio.get_running_loop().time()
+        if rest_s > 0:
+            await asyncio.sleep(rest_s)  # and not what was found before: it may have been mended since
+        job, done = self._run(key, call)
         try:
             async with asyncio.timeout(CHECK_S):
                 await asyncio.shield(done)
@@ -85,16 +96,22 @@ class Checks:
             return {"error": type(error).__name__, "sentence": str(error)}
         return {"error": None, "sentence": ""}
 
-    def _run(self, name: str, call: Callable[[], None]) -> tuple[Future[None], asyncio.Future[None]]:
+    def _run(self, key: _Key, call: Callable[[], None]) -> tuple[Future[None], asyncio.Future[None]]:
         """The check that is under way, or a new one. One that hangs is joined, so it costs one thread."""
-        known = self._running.get(name)
+        known = self._running.get(key)
         if known is None:
             job = self._threads.submit(call)
             done = asyncio.wrap_future(job)
-            known = self._running[name] = job, done
-            done.add_done_callback(lambda _: self._running.pop(name))
+            known = self._running[key] = job, done
+            done.add_done_callback(lambda _: self._is_over(key))
             done.add_done_callback(lambda done: done.cancelled() or done.exception())  # all who asked may have left
         return known
+
+    def _is_over(self, key: _Key) -> None:
+        del self._running[key]
+        loop = asyncio.get_running_loop()
+        self._rests_until[key] = loop.time() + REST_S
+        loop.call_later(REST_S, self._rests_until.pop, key)
 
     def close(self) -> None:
         """Begin none any more; nobody waits for what is under way."""

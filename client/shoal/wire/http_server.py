@@ -40,6 +40,8 @@ DESCRIPTOR_SHARE = 0.5
 MAX_REFUSALS = 64
 #: A newcomer's request is waited for so long before it is refused: it may be one of `ALWAYS_ANSWERED`.
 REFUSAL_S = 1.0
+#: Newcomers beside those, if they ask for one of `ALWAYS_ANSWERED`.
+MAX_ASKERS = 16
 #: What is answered whatever the load: else a process that is busy would be taken for one that is ill, and killed.
 ALWAYS_ANSWERED = frozenset({"/healthz", "/readyz", "/metrics"})
 #: Bytes that all request bodies on their way in may hold.
@@ -183,7 +185,9 @@ class HttpServer:
                 self._idle[connection] = None
                 serving = self._serve(connection)
             else:
-                if self._refusals == MAX_REFUSALS and not _asks_how_it_fares(sock):
+                # Bounded whatever they ask: each holds a descriptor beyond those that connections may have.
+                room = MAX_REFUSALS - self._refusals
+                if room <= -MAX_ASKERS or (room <= 0 and not _asks_how_it_fares(sock)):
                     self.overloaded += 1
                     connection.close()
                     continue
