@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from charts import values as values_file
+from shoal import sizes
 from shoal.version import VERSION
 from shoal_cachenode.__main__ import main as cachenode
 from shoal_cachenode.__main__ import parse_topology
@@ -392,6 +393,15 @@ def test_programs_know_their_flags(values: dict[str, Any]) -> None:
             given = [re.sub(r"\$\(\w+\)", "10.0.0.1", word) for word in words[1:]]
             program.make_context(words[0], given, resilient_parsing=False)
     assert "shoal-controller" in seen
+
+
+@pytest.mark.parametrize(("size", "offered"), [("100Gi", 80 << 30), ("1.5Ti", 1_319_413_953_331), ("2000", 1600)])
+def test_an_empty_dir_is_not_filled_up_to_its_bound(size: str, offered: int) -> None:
+    """Else kubelet evicts the pod, and all that it cached is gone."""
+    values = {"cacheNode": {"storage": {"type": "emptyDir", "size": size}}}
+    pods = dict(helm.pods(helm.manifests(values)))
+    (capacity,) = [a for a in pods["cachenode"]["spec"]["containers"][0]["args"] if a.startswith("--capacity=")]
+    assert sizes.parse(capacity.removeprefix("--capacity=")) == offered
 
 
 def test_modules_that_are_run_are_there() -> None:
