@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -451,6 +452,15 @@ def test_values_are_described_once() -> None:
     known = values_file.read(values_file.VALUES.read_text())
     assert values_file.SCHEMA.read_text() == values_file.schema_text(known)
     assert values_file.PAGE.read_text() == values_file.page(values_file.PAGE.read_text(), known)
+
+
+def test_values_of_an_older_chart_are_refused_with_the_name_of_what_is_new() -> None:
+    """As `helm upgrade --reuse-values` has them: they were whole once, and lack what the chart has now."""
+    older = yaml.safe_load(values_file.VALUES.read_text())
+    jsonschema.validate(older, (schema := yaml.safe_load(values_file.SCHEMA.read_text())))
+    del older["cacheNode"]["storage"]["path"]
+    with pytest.raises(jsonschema.ValidationError, match="'path' is a required property"):
+        jsonschema.validate(older, schema)
 
 
 def test_each_value_is_used() -> None:
