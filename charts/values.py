@@ -106,7 +106,14 @@ def read(text: str) -> list[Value]:
 
 
 def schema(values: list[Value]) -> dict[str, Any]:
-    """The JSON schema, in which every group refuses names that it does not have. Raises Undescribed."""
+    """The JSON schema, in which every group refuses names that it does not have, and wants all that it has.
+
+    Helm checks values with the chart's own among them, so what is missing is new in the chart, and the values are those
+    of an older one (``--reuse-values``): programs would be given empty flags, and would not start.
+
+    Raises:
+        Undescribed: a value has no line, or one that says too little.
+    """
     root: dict[str, Any] = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of the chart shoal"}
     root |= {"type": "object", "additionalProperties": False, "properties": {}}
     # What Helm itself puts among a chart's values.
@@ -120,6 +127,7 @@ def schema(values: list[Value]) -> dict[str, Any]:
         else:
             made = {"description": value.sentence, "type": "object", "additionalProperties": False, "properties": {}}
         group["properties"][value.path[-1]] = made
+        group.setdefault("required", []).append(value.path[-1])
     return root
 
 

@@ -16,9 +16,9 @@ import contextlib
 import functools
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from shoal.errors import NotCached, OriginUnavailable, Overloaded, Unavailable
+from shoal.errors import NotCached, OriginUnavailable, Overloaded, SnapshotNotFound, Unavailable
 from shoal.shards import Key
 from shoal_cachenode.origin_budget import OriginBudget
 from shoal_cachenode.pace import Pace
@@ -463,7 +463,7 @@ class Fills:
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - whoever waits for the fill has the error; here only the file matters
-            level = logging.DEBUG if isinstance(error, NotNeeded) else logging.WARNING
+            level = logging.DEBUG if isinstance(error, NotNeeded | SnapshotNotFound) else logging.WARNING
             log.log(level, "fill of %s stopped: %s", fill.key.hex(), error)
             await fill.wait_idle()
             if self._store.is_sealed(fill.key):
@@ -480,6 +480,13 @@ class Fills:
         finally:
             for by_key in (self._fills, self._running, self._watchers):
                 by_key.pop(fill.key, None)
+
+    def end(self, keys: Iterable[Key]) -> None:
+        """End the fills of shards that no dataset has any more; what came of them goes from the drive."""
+        for key in keys:
+            fill = self._running.get(key)
+            if fill is not None:
+                fill.failed(SnapshotNotFound("the dataset or the snapshot was removed while the shard was fetched"))
 
     async def settle(self) -> None:
         """Wait until every fill that runs now is over."""

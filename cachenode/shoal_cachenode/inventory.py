@@ -159,6 +159,10 @@ class Inventory:
             found[drop.step] += drop.size_bytes
         return found
 
+    def unserved(self, keys: list[Key]) -> list[Key]:
+        """Those of no dataset."""
+        return [keys[place] for place in np.flatnonzero(~self._served(keys)).tolist()]
+
     def drop_unserved(self) -> int:
         """Drop all shards of no dataset, and return the bytes freed. Blocks. Raises OSError as the disk does."""
         keys, _, kept = self._shards()

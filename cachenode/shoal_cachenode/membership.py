@@ -34,6 +34,10 @@ _OPTIONS = [
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    # The time limit of one attempt to connect; gRPC's own is 20 s. What was sent to a Service before the machine had
+    # its rules is lost, however often TCP repeats it.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+    ("grpc.enable_http_proxy", 0),  # the controller is inside the cluster, a proxy leads out of it
 ]
 
 

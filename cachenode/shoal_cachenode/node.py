@@ -218,6 +218,8 @@ class CacheNode:
         for digest in served:
             if await self.holdings_of(digest) is None:
                 return  # without its listing nobody can say which files a dataset still needs
+        # A removed dataset's prefetch is cancelled, but what it began would come in all the same, and stay.
+        self.fills.end(await asyncio.to_thread(self.inventory.unserved, [key for key, _ in self.fills.all()]))
         try:
             freed = await self.disk.run(self.inventory.drop_unserved)
             log.info("dropped %d bytes of datasets and snapshots that are gone", freed)

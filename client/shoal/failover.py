@@ -26,7 +26,7 @@ import pyarrow as pa
 from shoal import memory, provenance, shard_client, transport
 from shoal.cluster_map import Node
 from shoal.connection import Connection, DescriptorsLost, Interrupted
-from shoal.errors import DeadlineExceeded, NodeUnavailable, OriginError, ShardCorrupt, ShoalError
+from shoal.errors import ClusterUnavailable, DeadlineExceeded, NodeUnavailable, OriginError, ShardCorrupt, ShoalError
 from shoal.local import TAKES_DESCRIPTORS
 from shoal.memory import Allocate
 from shoal.shard_client import ShardAt
@@ -134,13 +134,16 @@ class PieceRead:
         # Everybody in the map may have failed because a newer map names others; that is worth one more round.
         while failure is None or self._cluster.newer_map(epoch):
             epoch = self._cluster.map.epoch
-            for node in self._candidates():
-                asked += 1
-                try:
-                    return self._from_node_or_healed(node)
-                except ShoalError as error:
-                    failure = self._worst(failure, error)
-                log.info("node %s failed, asking the next: %s", node.id, failure)
+            try:
+                for node in self._candidates():
+                    asked += 1
+                    try:
+                        return self._from_node_or_healed(node)
+                    except ShoalError as error:
+                        failure = self._worst(failure, error)
+                    log.info("node %s failed, asking the next: %s", node.id, failure)
+            except ClusterUnavailable as error:  # a map of nobody, whom no answer will tell of the next one
+                failure = self._worst(failure, error)
         if not isinstance(failure, NodeUnavailable):
             raise failure
         raise NodeUnavailable(f"{asked} were asked: {failure}") from failure

@@ -181,6 +181,12 @@ async def _serve(config: Config, stop: asyncio.Event) -> None:
     server = await Server.start(config, list_origin)
     try:
         log.info("serving %s", config.data_dir)
+        for dataset in server.shell.state.datasets.values():
+            if not server.shell.record.snapshot_path(dataset.newest.digest).exists():
+                log.warning(
+                    "the snapshot of dataset %s is missing in %s: 'shoal dataset refresh %s' lists its origin again",
+                    *(dataset.name, server.shell.record.snapshots, dataset.name),
+                )
         print("ready", json.dumps({"grpc": server.grpc_address, "http": server.http_address}), flush=True)
         await server.serve(stop)
         log.info("stopping")

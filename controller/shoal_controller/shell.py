@@ -92,12 +92,6 @@ class Shell:
         except BaseException:
             record.close()
             raise
-        for dataset in contents.datasets:
-            if not record.snapshot_path(dataset.newest.digest).exists():
-                log.warning(
-                    "the snapshot of dataset %s is missing in %s: 'shoal dataset refresh %s' lists its origin again",
-                    *(dataset.name, record.snapshots, dataset.name),
-                )
         core = Core(
             policy=policy,
             now=clock(),

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
 from charts import values as values_file
+from shoal import sizes
 from shoal.version import VERSION
 from shoal_cachenode.__main__ import main as cachenode
 from shoal_cachenode.__main__ import parse_topology
@@ -394,6 +396,15 @@ def test_programs_know_their_flags(values: dict[str, Any]) -> None:
     assert "shoal-controller" in seen
 
 
+@pytest.mark.parametrize(("size", "offered"), [("100Gi", 80 << 30), ("1.5Ti", 1_319_413_953_331), ("2000", 1600)])
+def test_an_empty_dir_is_not_filled_up_to_its_bound(size: str, offered: int) -> None:
+    """Else kubelet evicts the pod, and all that it cached is gone."""
+    values = {"cacheNode": {"storage": {"type": "emptyDir", "size": size}}}
+    pods = dict(helm.pods(helm.manifests(values)))
+    (capacity,) = [a for a in pods["cachenode"]["spec"]["containers"][0]["args"] if a.startswith("--capacity=")]
+    assert sizes.parse(capacity.removeprefix("--capacity=")) == offered
+
+
 def test_modules_that_are_run_are_there() -> None:
     for _, pod in helm.pods(helm.manifests({})):
         for container in helm.containers(pod):
@@ -441,6 +452,15 @@ def test_values_are_described_once() -> None:
     known = values_file.read(values_file.VALUES.read_text())
     assert values_file.SCHEMA.read_text() == values_file.schema_text(known)
     assert values_file.PAGE.read_text() == values_file.page(values_file.PAGE.read_text(), known)
+
+
+def test_values_of_an_older_chart_are_refused_with_the_name_of_what_is_new() -> None:
+    """As `helm upgrade --reuse-values` has them: they were whole once, and lack what the chart has now."""
+    older = yaml.safe_load(values_file.VALUES.read_text())
+    jsonschema.validate(older, (schema := yaml.safe_load(values_file.SCHEMA.read_text())))
+    del older["cacheNode"]["storage"]["path"]
+    with pytest.raises(jsonschema.ValidationError, match="'path' is a required property"):
+        jsonschema.validate(older, schema)
 
 
 def test_each_value_is_used() -> None:

@@ -147,7 +147,7 @@ def test_what_is_not_warm_yet_is_named() -> None:
     waiting = held(annotation="imagenet[>=95%], laion[>=50%], wiki")
     assert gate.unmet(waiting, {"imagenet": 94, "laion": 50}) == [
         "imagenet is cached to 94% of 95%",
-        "no dataset is named wiki",
+        "no dataset wiki is Ready, see 'kubectl get dataset wiki'",
     ]
     assert gate.unmet(waiting, {"imagenet": 95, "laion": 100, "wiki": 95}) == []
 

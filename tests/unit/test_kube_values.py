@@ -88,10 +88,14 @@ def test_conditions_keep_the_time_of_their_last_change() -> None:
 def test_a_change_of_status_or_reason_is_told() -> None:
     before = conditions.merge([], [Condition("Ready", False, "Listing", "x")], generation=1, now_utc_s=0.0)
     assert conditions.transitions(before, [Condition("Ready", False, "Listing", "y")]) == []
-    changed = [Condition("Ready", False, "OriginDenied", "no", is_trouble=True), Condition("Warm", True, "Cached")]
+    changed = [
+        Condition("Ready", False, "OriginDenied", "no", is_trouble=True),
+        Condition("Warm", True, "Cached", "all of it is cached"),
+        Condition("Replicated", True, "EnoughNodes"),  # says nothing that the others do not
+    ]
     assert conditions.transitions(before, changed) == [
         Transition("OriginDenied", "no", True),
-        Transition("Cached", "", False),
+        Transition("Cached", "all of it is cached", False),
     ]
 
 

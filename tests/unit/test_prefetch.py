@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +84,26 @@ def test_a_job_that_is_cancelled_ends_within_a_pause(cluster: MiniCluster, monke
     job.close()
     assert set(failures) == {"the origin is down"}
     assert len(failures) == 2 * node.config.fetches, "one attempt each, and a pause after it"
+
+
+def test_what_is_on_its_way_ends_with_its_dataset(cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would ever drop what came in after the dataset was removed."""
+    may_read, stream = threading.Event(), cluster.origin.stream
+
+    def slow(*args: Any) -> None:
+        assert may_read.wait(20)
+        stream(*args)
+
+    monkeypatch.setattr(cluster.origin, "stream", slow)
+    node = cluster.nodes[0]
+    job = Job(cluster)
+    wait_for(lambda: node.fills.count == 2 * node.config.fetches)
+    known = node.library.knowledge
+    cluster.run(node.apply(dataclasses.replace(known, datasets=())))
+    job.close()
+    may_read.set()
+    wait_for(lambda: node.fills.count == 0)
+    assert node.store.used_bytes == node.store.reserved_bytes == 0
 
 
 def test_what_fails_for_good_is_told_in_one_line(

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal import cluster as clusters
-from shoal.errors import NodeUnavailable, OriginChanged, OriginUnavailable, Overloaded
+from shoal.errors import ClusterUnavailable, NodeUnavailable, OriginChanged, OriginUnavailable, Overloaded
 from shoal.filesystem import ShoalFileSystem
 from shoal_cachenode import recent
 from tests.support.minicluster import MiniCluster
@@ -196,6 +196,20 @@ def test_stale_client_reads_on_and_learns_the_new_map(tmp_path: Path) -> None:
         assert fs.cluster.map.epoch == cluster.epoch
         assert fs.cat_file("set/o") == plain
         assert cluster.origin.bytes_read == len(plain)
+
+
+def test_client_of_a_map_without_nodes_asks_for_the_next_one(tmp_path: Path) -> None:
+    """The only node says goodbye and comes back: no answer of a node could tell a client of it."""
+    plain = content("x", 5000)
+    with MiniCluster(tmp_path, {"o": plain}, part_size=64, shard_size=512) as cluster:
+        fs = cluster.filesystem()
+        fs.ls("set")
+        cluster.publish(absent=(0,))
+        fs.cluster.refresh_map()
+        with pytest.raises(ClusterUnavailable, match="no cache node is up"):
+            fs.cat_file("set/o")
+        cluster.publish()
+        assert fs.cat_file("set/o") == plain
 
 
 def test_origin_that_is_down_or_changed_is_named(tmp_path: Path) -> None:

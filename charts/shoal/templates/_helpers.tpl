@@ -67,6 +67,12 @@ capabilities:
 http://{{ include "shoal.controllerHost" . }}:7441
 {{- end }}
 
+{{/* Of a quantity, in its own unit. */}}
+{{- define "shoal.fourFifths" -}}
+{{- $number := regexFind "^[0-9.]+" . -}}
+{{- printf "%.3f" (mulf $number 0.8) }}{{ trimPrefix $number . }}
+{{- end }}
+
 {{/* host:port to listen at. Call with (list . port). */}}
 {{- define "shoal.listen" -}}
 {{- $host := (index . 0).Values.listenHost -}}

@@ -73,12 +73,15 @@ def merge(
 
 
 def transitions(before: Iterable[Mapping[str, Any]], wanted: Iterable[Condition]) -> list[Transition]:
-    """The conditions whose status or reason is another than before."""
+    """The conditions whose status or reason is another than before, of those that have something to say.
+
+    One without a sentence repeats another's, such as `Failed` False beside `Complete` False.
+    """
     known = {str(old.get("type")): (old.get("status"), old.get("reason")) for old in before}
     return [
         Transition(condition.reason, shortened(condition.message), condition.is_trouble)
         for condition in wanted
-        if known.get(condition.type) != (_STATUS[condition.status], condition.reason)
+        if condition.message and known.get(condition.type) != (_STATUS[condition.status], condition.reason)
     ]
 
 

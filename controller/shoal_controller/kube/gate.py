@@ -172,7 +172,7 @@ def unmet(pod: GatedPod, percents: Mapping[str, int]) -> list[str]:
     return [
         f"{want.dataset} is cached to {percents[want.dataset]}% of {want.percent}%"
         if want.dataset in percents
-        else f"no dataset is named {want.dataset}"
+        else f"no dataset {want.dataset} is Ready, see 'kubectl get dataset {want.dataset}'"
         for want in pod.wants
         if percents.get(want.dataset, -1) < want.percent
     ]
