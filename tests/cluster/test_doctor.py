@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from shoal.cli import main
+from shoal.cli.root import main
 from shoal.cli.control import Control
 from shoal.devcluster import DevCluster
 from shoal.devcluster.server import ServerProcess
