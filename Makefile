@@ -1,6 +1,8 @@
 # Everything runs from .venv, which each target makes by itself.
 PYTHON ?= python3
 BIN := .venv/bin
+# Compiled modules are kept, also where images switch that off: each of a thousand processes would compile Shoal anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-faults soak bench lint format proto chart clean
 

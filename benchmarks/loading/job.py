@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 TOKENS, IMAGES = "tokens", "images"
@@ -56,6 +55,8 @@ class Job:
 
     def loader(self, data: Any, **options: Any) -> Any:
         """A DataLoader as everybody gets it. Its workers stay from epoch to epoch."""
+        import torch  # here, as below: the processes that write the data import this module and need none of it
+
         return torch.utils.data.DataLoader(
             data, num_workers=self.workers, persistent_workers=self.workers > 0, **options
         )
@@ -68,6 +69,8 @@ def paths(files: Path) -> list[Path]:
 
 def decoded(data: Any) -> dict[str, Any]:
     """One picture's file as a sample: decoded and cropped as in training, and its CRC."""
+    import torch
+
     image = Image.open(io.BytesIO(data)).convert("RGB")
     x, y = random.randint(0, SIDE - CROP), random.randint(0, SIDE - CROP)
     pixels = torch.from_numpy(np.array(image.crop((x, y, x + CROP, y + CROP)))).permute(2, 0, 1)
@@ -76,6 +79,8 @@ def decoded(data: Any) -> dict[str, Any]:
 
 def collated(samples: Sequence[dict[str, Any]]) -> Any:
     """Samples as a batch: what a DataLoader does by itself, in shared memory where a worker does it."""
+    import torch
+
     return torch.utils.data.default_collate(samples)
 
 

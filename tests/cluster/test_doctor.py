@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from shoal.cli import main
 from shoal.cli.control import Control
+from shoal.cli.root import main
 from shoal.devcluster import DevCluster
 from shoal.devcluster.server import ServerProcess
 from shoal.doctor import asking

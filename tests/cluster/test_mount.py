@@ -38,7 +38,7 @@ from tests.support.waiting import wait_for
 SHARD = 4 << 20
 #: Objects of one shard, which may be passed through, of several, and small ones.
 SIZES = {
-    **{f"one/{number}.bin": 3 << 20 for number in range(8)},
+    **{f"one/{number}.bin": 3 << 20 for number in range(16)},  # so many that each node owns some
     **{f"several/{number}.bin": 3 * SHARD + 12_345 for number in range(3)},
     **{f"small/{number // 10}/{number}.txt": 37 * number for number in range(60)},
     "small/with space/ü.txt": 5,

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import shoal
-from shoal import cli
+from shoal.cli.root import main
 from tests.support import streams
 from tests.support.minicluster import MiniCluster
 
@@ -24,7 +24,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniCluster]:
 
 
 def plan(cluster: MiniCluster, *words: str) -> Result:
-    return CliRunner().invoke(cli.main, ["plan", *words, "--endpoint", cluster.nodes[0].address])
+    return CliRunner().invoke(main, ["plan", *words, "--endpoint", cluster.nodes[0].address])
 
 
 def document(cluster: MiniCluster, *words: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def read_everything(job: tuple[str, str]) -> dict[str, str]:
 
 
 def read_by_eight(endpoint: str, name: str) -> list[dict[str, str]]:
-    with multiprocessing.get_context("spawn").Pool(8) as pool:
+    with multiprocessing.get_context("fork").Pool(8) as pool:
         return pool.map(read_everything, [(endpoint, name)] * 8, chunksize=1)
 
 

@@ -15,12 +15,13 @@ from shoal import shards
 from shoal.errors import DeadlineExceeded, InvalidRequest, NodeUnavailable
 from shoal.filesystem import ShoalFileSystem
 from tests.support.minicluster import MiniCluster
+from tests.support.origin_contract import content
 from tests.support.processes import Child, Say
 from tests.support.proxy import HARMLESS, Fault, FaultProxy
 from tests.support.waiting import wait_for
 
 PART, SHARD = 16 << 10, 256 << 10
-PLAIN = {f"{n}": bytes((n * 31 + i * 7 + i // 251) % 256 for i in range(SHARD - 1000 * n)) for n in range(6)}
+PLAIN = {f"{n}": content(SHARD - 1000 * n, seed=n * 31) for n in range(6)}
 #: Far more than any of these reads takes, far less than the time limits that would end a hang.
 SANE_S = 10.0
 

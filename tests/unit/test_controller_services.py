@@ -17,8 +17,9 @@ import grpc.aio
 import pytest
 from click.testing import CliRunner, Result
 
-from shoal import cli, errors
+from shoal import errors
 from shoal.cli import node as node_commands
+from shoal.cli.root import main
 from shoal.datasets import DatasetRecord
 from shoal.snapshot import Snapshot
 from shoal.transport import Transport
@@ -165,7 +166,7 @@ def test_a_policy_reaches_nodes_clients_and_people(run: Callable[..., None], ori
 
         async def shoal(*words: str) -> Result:
             arguments = ["dataset", *words, "--endpoint", f"http://{it.server.http_address}"]
-            return await asyncio.to_thread(CliRunner().invoke, cli.main, arguments)
+            return await asyncio.to_thread(CliRunner().invoke, main, arguments)
 
         added = await shoal("add", "d", str(origin), "--pin", "--quota", "500GiB", "--direct", "--json")
         assert added.exit_code == 0, added.output
@@ -440,7 +441,7 @@ def test_a_node_is_drained_watched_and_undrained(run: Callable[..., None], monke
 
         async def shoal(*words: str) -> Result:
             arguments = [*words, "--endpoint", f"http://{it.server.http_address}"]
-            return await asyncio.to_thread(CliRunner().invoke, cli.main, arguments)
+            return await asyncio.to_thread(CliRunner().invoke, main, arguments)
 
         for words, sentence in (
             (("drain", "x"), "error: no cache node has an id that begins with 'x': 'shoal node list' shows those"),
@@ -505,7 +506,7 @@ def test_ctrl_c_leaves_the_drain_going(run: Callable[..., None], monkeypatch: py
         await it.node("n1")
         await it.node("n2")
         words = ["node", "drain", "n1", "--endpoint", f"http://{it.server.http_address}"]
-        interrupted = await asyncio.to_thread(CliRunner().invoke, cli.main, words)
+        interrupted = await asyncio.to_thread(CliRunner().invoke, main, words)
         assert interrupted.exit_code == 130
         assert interrupted.stderr.startswith("the drain goes on, 'shoal node list' shows how far it is")
         assert (await it.control.GetStatus(pb.GetStatusRequest())).nodes[0].draining

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.cli import main
+from shoal.cli.root import main
 from shoal.cluster_map import ClusterMap, Node, NodeState
 from shoal.datasets import DatasetRecord
 from shoal.doctor import asking, clocks, diagnosis, looking, page, versions

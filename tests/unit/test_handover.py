@@ -40,8 +40,8 @@ class Numbers(Dataset[Any]):
         return {"row": torch.full((WIDTH,), number, dtype=torch.uint16), "number": number}
 
 
-def loader(count: int, **options: Any) -> DataLoader[Any]:
-    return DataLoader(Numbers(count), batch_size=4, num_workers=2, collate_fn=shoal.torch.collate, **options)
+def loader(count: int, *, workers: int = 2, **options: Any) -> DataLoader[Any]:
+    return DataLoader(Numbers(count), batch_size=4, num_workers=workers, collate_fn=shoal.torch.collate, **options)
 
 
 def check(batch: Any, first: int) -> None:
@@ -173,8 +173,8 @@ def test_a_forked_process_has_only_the_batches_that_were_held() -> None:
     check(held, 80)
 
 
-def test_workers_that_are_spawned_and_stay_hand_over_too() -> None:
-    batches = loader(48, multiprocessing_context="spawn", persistent_workers=True)
+def test_a_worker_that_is_spawned_and_stays_hands_over_too() -> None:
+    batches = loader(48, workers=1, multiprocessing_context="spawn", persistent_workers=True)
     for _ in range(2):
         for number, batch in enumerate(batches):
             check(batch, 4 * number)

@@ -1,5 +1,4 @@
-"""The ``shoal`` command."""
+"""The ``shoal`` command (`shoal.cli.root.main`), and what servers and other programs use of its parts.
 
-from shoal.cli.root import main
-
-__all__ = ["main"]
+The rule: nothing is imported here, because a server that shares a flag with the command needs none of its subcommands.
+"""

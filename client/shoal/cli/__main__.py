@@ -1,5 +1,5 @@
 """``python -m shoal.cli`` for where the script is not on the path."""
 
-from shoal.cli import main
+from shoal.cli.root import main
 
 main(prog_name="shoal")

@@ -5,12 +5,28 @@ The rule: a person sees a traceback only where they asked for it (``--debug``). 
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import click
 
-from shoal.cli import dataset, dev, doctor, files, mount, node, plan, prefetch, status
 from shoal.errors import ShoalError
+
+#: By command: its module here. It is imported when the command is used, so that none waits for what others need.
+COMMANDS = {
+    "cat": "files",
+    "dataset": "dataset",
+    "dev": "dev",
+    "doctor": "doctor",
+    "get": "files",
+    "ls": "files",
+    "mount": "mount",
+    "node": "node",
+    "plan": "plan",
+    "prefetch": "prefetch",
+    "status": "status",
+    "umount": "mount",
+}
 
 
 class Failure(click.ClickException):
@@ -22,6 +38,15 @@ class Failure(click.ClickException):
 
 class _Root(click.Group):
     """Turns every exception of a command into a `Failure`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        # Of an unknown one click says which of all are like it.
+        for name in [cmd_name] if cmd_name in COMMANDS else COMMANDS:
+            self.add_command(getattr(importlib.import_module(f"shoal.cli.{COMMANDS[name]}"), name))
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -63,20 +88,3 @@ def main(debug: bool) -> None:
 
     Commands find the cluster by --endpoint or SHOAL_ENDPOINT: http://HOST:PORT of the controller or of any cache node.
     """
-
-
-for command in (
-    dataset.dataset,
-    prefetch.prefetch,
-    plan.plan,
-    node.node,
-    status.status,
-    doctor.doctor,
-    files.ls,
-    files.cat,
-    files.get,
-    mount.mount,
-    mount.umount,
-    dev.dev,
-):
-    main.add_command(command)
