@@ -23,7 +23,7 @@ from shoal_csi.mount_table import MountTable
 DEVICE = "/dev/fuse"
 FS_TYPE = "fuse.shoal"
 #: What the kernel reads ahead in a file that is read in order, where it may be set; the default is 128 KiB.
-READ_AHEAD_BYTES = 4 << 20
+READ_AHEAD_BYTES = 2 << 20
 
 # mount(2), umount2(2)
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOATIME = 1, 2, 4, 1024
